@@ -1,0 +1,433 @@
+"""The command line of ebm_at: options, progress, tables, run folders. The science is in ebm_at.py.
+
+    python cli.py train --help
+"""
+
+import csv
+import dataclasses
+import inspect
+import json
+import os
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import numpy
+import rich.box
+import torch
+import torch.distributed
+import typer
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import ebm_at
+from ebm_at import BadInput, Config, RunError
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+
+
+@app.callback()
+def about():
+    """Adversarial training seen through energies: train robust classifiers, watch overfitting strike."""
+
+
+# --------------------------------------------------------------------------------------------------
+# Options: one per field of ebm_at.Config, with the note and the default that stand there
+# --------------------------------------------------------------------------------------------------
+
+
+def parse_eps(text):
+    """ "8/255" or "0.031" -> float. Raises: BadInput."""
+    try:
+        above, _, below = text.partition("/")
+        return float(above) / (float(below) if below else 1.0)
+    except (ValueError, ZeroDivisionError) as error:
+        raise BadInput(f"--eps '{text}' is not a number or a fraction such as 8/255") from error
+
+
+def fields_as_options(command):
+    """Gives `command(..., **settings)` an option for every field of Config, None when not given."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    for f in dataclasses.fields(Config):
+        default = "20/255" if f.name == "eps" else f.default
+        option = typer.Option(
+            help=f.metadata["note"],
+            rich_help_panel=f.metadata["panel"],
+            show_default=str(default) if f.type is not bool else False,
+        )
+        kind = Annotated[Optional[str if f.name == "eps" else f.type], option]
+        own.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+    command.__signature__ = signature.replace(parameters=own)
+    command.__annotations__ = {p.name: p.annotation for p in own}
+    return command
+
+
+def config_from(settings, preset):
+    """The Config of the options that were given, over the preset's, over the recipe's."""
+    given = {k: v for k, v in settings.items() if v is not None}
+    if "eps" in given:
+        given["eps"] = parse_eps(given["eps"])
+    if preset is not None:
+        ebm_at.check_choice("preset", preset, ebm_at.PRESETS)
+        given = ebm_at.PRESETS[preset] | given
+    if os.path.exists(given.get("dataset", "")):  # so that a resume from elsewhere finds it
+        given["dataset"] = os.path.abspath(given["dataset"])
+    return ebm_at.recipe(**given)
+
+
+# --------------------------------------------------------------------------------------------------
+# The run folder
+# --------------------------------------------------------------------------------------------------
+
+
+def make_run_folder(config, out):
+    """Creates and returns `out`, or the next free runs/<dataset>-<method>[-der]-<n>.
+
+    Raises: RunError when it is in use or cannot be made.
+    """
+    name = f"{Path(config.dataset).stem}-{config.method}{'-der' * config.der}"
+    folder = Path(out) if out else None
+    try:
+        if folder is None:
+            taken = [p.name.rpartition("-")[2] for p in Path("runs").glob(f"{name}-*")]
+            folder = Path("runs", f"{name}-{1 + max([int(n) for n in taken if n.isdigit()], default=0)}")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"'{folder}' exists: nothing was touched; name a new folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+    except OSError as error:
+        raise RunError(f"cannot write to '{folder}' ({error.strerror}); name another with --out") from error
+    return folder
+
+
+def write_atomically(path, text):
+    """Writes a text file under a temporary name and renames it. Raises: OSError."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_history(folder, rows):
+    """history.csv, one row per epoch, rewritten whole so that it is never half a row."""
+    lines = [",".join(ebm_at.HISTORY)]
+    lines += [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in r.values()) for r in rows]
+    try:
+        write_atomically(folder / "history.csv", "\n".join(lines) + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write to '{folder}' ({error.strerror}); last.pt holds what was done") from error
+
+
+def draw_curves(folder, rows):
+    """curves.png: accuracies and delta energy over epochs. Only where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    epochs = [r["epoch"] for r in rows]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for key, label, style in (
+        ("clean_acc", "clean", "-"),
+        ("fgsm_acc", "FGSM", "--"),
+        ("pgd_acc", "PGD-10", "-o"),
+    ):
+        left.plot(epochs, [100 * r[key] for r in rows], style, label=label, markersize=3)
+    left.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    for key, label, style in (
+        ("delta_energy_pgd", "PGD, test", "-o"),
+        ("train_delta_energy", "PGD, train", "--"),
+        ("delta_energy_fgsm", "FGSM, test", ":"),
+    ):
+        right.plot(epochs, [r[key] for r in rows], style, label=label, markersize=3)
+    right.axhline(0, color="grey", linewidth=0.5)
+    right.set(xlabel="epoch", ylabel="delta energy E(x) - E(x*), nats")
+    left.legend()
+    right.legend()
+    figure.savefig(folder / "curves.png", dpi=120)
+    pyplot.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a terminal shows while training
+# --------------------------------------------------------------------------------------------------
+
+
+def sparkline(values, low, high):
+    """Values as a row of bars, eight heights between low and high."""
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round(7 * min(max((v - low) / (high - low), 0), 1))] for v in values)
+
+
+class Display:
+    """Progress of a run: a live table and bar in a terminal, one plain line per epoch elsewhere."""
+
+    COLUMNS = ("epoch", "loss", "clean", "FGSM", "PGD-10", "dE FGSM", "dE PGD", "verdict", "seconds")
+
+    def __init__(self, config, rows, quiet):
+        self.config, self.rows, self.quiet, self.began = config, rows, quiet, time.monotonic()
+        self.console = Console(highlight=False, quiet=quiet)
+        self.live = None
+        if self.console.is_terminal and not quiet:
+            self.bar = Progress(
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            )  # fmt: skip
+            self.task = self.bar.add_task("starting", total=config.epochs, completed=len(rows))
+            self.live = Live(self.picture(), console=self.console, refresh_per_second=4)
+
+    def __enter__(self):
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_):
+        if self.live:
+            self.live.update(self.picture())
+            self.live.stop()
+
+    def say(self, text):
+        """A line that stays."""
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def on_progress(self, epoch, step, steps):
+        if self.live:
+            text = f"epoch {epoch + 1}/{self.config.epochs}"
+            self.bar.update(self.task, completed=epoch + step / steps, description=text)
+
+    def add(self, row):
+        """A new epoch."""
+        self.rows.append(row)
+        if self.live:
+            self.live.update(self.picture())
+        elif not self.quiet:
+            done = len(self.rows)
+            left = (time.monotonic() - self.began) / done * (self.config.epochs - done)
+            cells = zip(self.COLUMNS[1:], self.cells(row)[1:])
+            line = f"epoch {row['epoch']:>3}/{self.config.epochs}  " + "  ".join(f"{n} {v}" for n, v in cells)
+            print(f"{line}  (about {left:.0f} s left)", flush=True)
+
+    @staticmethod
+    def cells(row):
+        """A history row as the texts of COLUMNS."""
+        return [
+            str(row["epoch"]), f"{row['train_loss']:.3f}", f"{row['clean_acc']:.1%}",
+            f"{row['fgsm_acc']:.1%}", f"{row['pgd_acc']:.1%}", f"{row['delta_energy_fgsm']:+.2f}",
+            f"{row['delta_energy_pgd']:+.2f}", row["verdict"], f"{row['seconds']:.1f}",
+        ]  # fmt: skip
+
+    def picture(self):
+        """The last epochs as a table, PGD accuracy and delta energy as sparklines, and the bar."""
+        table = Table(box=rich.box.SIMPLE_HEAD)
+        for name in self.COLUMNS:
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.rows[-8:]:
+            bad = row["verdict"] != "healthy"
+            table.add_row(*self.cells(row), style="bold red" if bad else None)
+        pgd = [r["pgd_acc"] for r in self.rows][-60:]
+        delta = [r["delta_energy_pgd"] for r in self.rows][-60:]
+        parts = [table]
+        if self.console.encoding.startswith("utf") and self.rows:
+            lows = min(delta + [-1.0]), max(delta + [1.0])
+            parts.append(f" PGD-10 {sparkline(pgd, 0, max(pgd + [0.3]))} {pgd[-1]:.1%}")
+            parts.append(f" dE PGD {sparkline(delta, *lows)} {delta[-1]:+.2f}")
+        return Group(*parts, self.bar)
+
+
+# --------------------------------------------------------------------------------------------------
+# train
+# --------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Commands")
+@fields_as_options
+def train(
+    preset: Annotated[
+        Optional[str], typer.Option(help="a ready-made setting: ro (robust overfitting in minutes)")
+    ] = None,
+    out: Annotated[
+        Optional[str], typer.Option(help="the run's folder; default runs/<dataset>-<method>[-der]-<n>")
+    ] = None,
+    resume: Annotated[
+        Optional[str], typer.Option(help="a run folder: go on where it stopped, with its settings")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the result")] = False,
+    **settings,
+):
+    """Train a classifier, robustly or not, and say in words whether it overfitted.
+
+    Without options: FGSM training on the embedded data set [bold]shapes[/], the demonstration of
+    catastrophic overfitting. Add [bold]--der[/] and it stays away. The defaults shown are those of the
+    demonstration; other data sets and methods have their own (see recipe in ebm_at.py).
+    """
+    checkpoint, folder = None, None
+    if resume:
+        given = [k for k, v in settings.items() if v is not None and k != "device"]
+        if given or preset or out:
+            raise BadInput("--resume takes every setting from the run; give nothing with it but --device")
+        checkpoint, folder = open_run(resume)
+        config = Config(**checkpoint["config"])
+        config.device = settings["device"] or config.device
+    else:
+        config = config_from(settings, preset)
+    ebm_at.start_processes(config.device)
+    leader = ebm_at.world()[0] == 0
+    device = ebm_at.pick_device(config.device)
+    data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
+    model = ebm_at.build_model(config, data)
+    trainer = ebm_at.Trainer(config, data, model, checkpoint)
+    if leader and not resume:
+        folder = make_run_folder(config, out)
+    display = Display(config, list(trainer.history), quiet or not leader)
+    display.say(
+        f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training images,"
+        f" eps {config.eps * 255:g}/255 ({config.norm}), {config.model}, {config.epochs} epochs,"
+        f" {device} {str(trainer.dtype).removeprefix('torch.')}, seed {config.seed}"
+    )
+    run(trainer, folder if leader else None, display)
+    if leader:
+        report(trainer, folder, device, display, quiet)
+
+
+def open_run(resume):
+    """The checkpoint and the folder of a run that can go on. Raises: RunError."""
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise RunError(f"no run folder '{resume}'")
+    if (folder / "result.json").exists():
+        raise RunError(f"'{resume}' is finished: see result.json there; start a new run to train longer")
+    checkpoint = ebm_at.load_checkpoint(folder / "last.pt")
+    if "training" not in checkpoint:
+        raise RunError(f"'{folder / 'last.pt'}' holds a model only, not the state of a run")
+    return checkpoint, folder
+
+
+def run(trainer, folder, display):
+    """Trains to the end, showing and saving every epoch; Ctrl-C says how to go on."""
+    try:
+        with display:
+            for record in trainer.run(folder, display.on_progress):
+                if record["kind"] == "alarm":
+                    display.say(f"ALARM  {record['reason']}  ->  {record['action']}")
+                    continue
+                display.add({k: v for k, v in record.items() if k != "kind"})
+                if folder:
+                    write_history(folder, display.rows)
+    except KeyboardInterrupt:
+        if folder:
+            where = f"epochs 1 to {trainer.saved_epoch} are" if trainer.saved_epoch else "the start is"
+            print(f"\nstopped: {where} saved in {folder / 'last.pt'}", file=sys.stderr)
+            print(f"go on with: python cli.py train --resume {folder}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def measure(trainer, folder, n):
+    """Test measurements, in fp32, of the last and of the best model. Returns: (last, best) dicts."""
+    data, config = trainer.data, trainer.config
+    x, y = data.x_test[:n], data.y_test[:n]
+    measured = []
+    for name in ("last.pt", "best.pt"):
+        model, checkpoint = ebm_at.load_model(folder / name, trainer.device)
+        found = ebm_at.evaluate(model, x, y, config.eps, 10, config.norm)
+        measured.append({"epoch": checkpoint["epoch"], **found})
+    return measured
+
+
+def report(trainer, folder, device, display, quiet):
+    """result.json, curves.png and the closing words of a run."""
+    config = trainer.config
+    n = min(config.test_size or len(trainer.data.x_test), len(trainer.data.x_test))
+    with display.console.status(f"measuring the last and the best model on {n} test images"):
+        last, best = measure(trainer, folder, n)
+    verdict, reason = trainer.verdict()
+    train_seconds = sum(r["seconds"] for r in display.rows)
+    probe_seconds = sum(r["probe_seconds"] for r in display.rows)
+    attack = {"name": "PGD-10", "norm": config.norm, "eps": config.eps, "step": config.eps / 4}
+    attack |= {"restarts": 1, "start": "random", "n": n, "split": "test", "precision": "fp32"}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"numpy": numpy.__version__, "platform": platform.platform()}
+    result = {
+        "dataset": config.dataset, "method": config.method, "der": config.der, "seed": config.seed,
+        "verdict": verdict, "reason": reason, "alarms": trainer.alarms,
+        "best": best, "last": last, "attack": attack,
+        "seconds": {"training": train_seconds, "measuring": probe_seconds},
+        "device": device_name(device), "precision": str(trainer.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(), "processes": ebm_at.world()[1], "versions": versions,
+    }  # fmt: skip
+    try:
+        write_atomically(folder / "result.json", json.dumps(result, indent=1))
+        draw_curves(folder, display.rows)
+    except OSError as error:
+        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    table = Table(box=rich.box.SIMPLE_HEAD, title=f"test accuracy, {n} images, eps {config.eps * 255:g}/255")
+    for name in ("model", "epoch", "clean", "FGSM", "PGD-10", "E(x)", "dE(x) PGD"):
+        table.add_column(name, justify="right")
+    for name, found in (("last", last), ("best", best)):
+        table.add_row(
+            name, str(found["epoch"]), f"{found['clean_acc']:.1%}", f"{found['fgsm_acc']:.1%}",
+            f"{found['pgd_acc']:.1%}", f"{found['energy']:+.2f}", f"{found['delta_energy_pgd']:+.2f}",
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console.print(table)
+    words = f"{reason}.\n\nTrained {train_seconds:.0f} s, measured {probe_seconds:.0f} s. Saved in {folder}:"
+    files = ", ".join(sorted(p.name for p in folder.iterdir()))
+    words += f" {files}\nNext: {next_command(config, verdict)}"
+    colour = "green" if verdict == "healthy" else "red"
+    console.print(Panel(words, title=f"verdict: {verdict}", border_style=colour), soft_wrap=False)
+
+
+def device_name(device):
+    """The device in words: the GPU's name, or the processor's kind and number of cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def next_command(config, verdict):
+    """The command a reader would like to try after this run."""
+    if config.method == "none":
+        return "python cli.py train --method pgd"
+    if not config.der:
+        rest = {"shapes": "", "fgsm": ""}.get(config.dataset, f" --dataset {config.dataset}")
+        method = "" if config.method == "fgsm" else f" --method {config.method}"
+        return f"python cli.py train{rest}{method} --der"
+    return "python cli.py train --method pgd" if verdict == "healthy" else "the same with a larger --beta"
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main():
+    """Runs the command; every foreseeable error becomes one line on stderr and an exit code."""
+    arguments = sys.argv[1:] or ["--help"]
+    try:
+        code = app(arguments, standalone_mode=False)
+    except (BadInput, RunError) as error:
+        code = fail(error, 2 if isinstance(error, BadInput) else 1)
+    except (KeyboardInterrupt, typer.Abort):
+        code = fail("stopped before anything was trained", 130)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's own: an unknown option, a missing value
+            raise
+        code = fail(error.format_message(), 2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    sys.exit(code)
+
+
+def fail(reason, code):
+    """One line on stderr; returns the exit code."""
+    print("error: " + " ".join(str(reason).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1603 @@
+"""Adversarial training seen through energies: the whole idea in one file, to be read from the top.
+
+A classifier with logits f(x) is also an energy-based model. Write E(x, y) = -f(x)[y] for the energy
+of an image together with a label and E(x) = -log sum_k exp f(x)[k] for that of the image alone: low
+energy means "the model finds this likely". The loss everybody trains with is a difference of the two,
+
+    cross-entropy(x, y) = E(x, y) - E(x),
+
+so an attack that raises the loss must raise E(x, y), lower E(x), or both. How much it moves E(x) is
+the DELTA ENERGY, dE(x) = E(x) - E(x*), where x* is the adversarial twin of x. In healthy adversarial
+training dE stays near zero. It shoots up when single-step training collapses (catastrophic
+overfitting, CO) and creeps up when multi-step training overfits (robust overfitting, RO). The Delta
+Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both back.
+
+Notation (N images, C channels, K classes)
+
+    symbol     in the code       shape         meaning
+    x          x                 (N, C, H, W)  images, float in [0, 1]; normalisation is in the model
+    y          y                 (N,)          labels, int64 in [0, K)
+    x*         x_adv             (N, C, H, W)  adversarial twin of x: at most eps away, still in [0, 1]
+    f(x)       logits            (N, K)        what the network puts out, before any softmax
+    p(y|x)     softmax(logits)   (N, K)        class probabilities
+    E(x, y)    energy_xy         (N,)          joint energy
+    E(x)       energy_x          (N,)          marginal energy
+    dE(x)      delta_energy      (N,)          E(x) - E(x*): positive when the attack LOWERED the energy
+    eps        eps               float         size of the attack's ball, in units of [0, 1] pixels
+
+Three commands
+
+    python cli.py train                 # FGSM training: watch catastrophic overfitting strike
+    python cli.py train --der           # the same with DER: watch it stay away
+    python cli.py train --preset ro     # PGD training on few images: robust overfitting
+
+Paper: "Understanding Adversarial Training with Energy-based Models", Mirza et al. 2025,
+arXiv 2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under the lens of
+Energy-based Models", Mirza et al., ECCV 2024, arXiv 2407.06315.
+
+What differs from the paper: the exact formula of its regularizer was not at hand when this was
+written. Equation (E10) below, mean|dE| with gradients through both energies, is OUR READING of it;
+beta, the linear warm-up of eps and the alarm thresholds were measured here, on this project's data.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import math
+import os
+import pickle
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_autograd
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class BadInput(ValueError):
+    """An argument that cannot be used; the message says what is wrong and what to do instead."""
+
+
+class RunError(RuntimeError):
+    """Something failed while running (a file, a device, a diverged loss); the message says what."""
+
+
+def check_choice(kind, value, choices):
+    """Refuses a `value` that is not among `choices`, and names the nearest one.
+
+    Raises: BadInput.
+    """
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "choose from " + ", ".join(choices)
+        raise BadInput(f"unknown {kind} '{value}': {hint}")
+
+
+# ==================================================================================================
+# 1. Setup: the configuration, the device, the precision, several processes
+# ==================================================================================================
+
+
+def _option(default, note, panel):
+    """A field of Config: its default, the note that explains it (also its --help), its --help group."""
+    return field(default=default, metadata={"note": note, "panel": panel})
+
+
+@dataclass
+class Config:
+    """Every setting of a training run, with the default of the demonstration (shapes, FGSM).
+
+    `recipe` gives the defaults that suit another data set or method. All values are plain Python, so
+    that a checkpoint can store them and be read without running any code.
+    """
+
+    # fmt: off
+    dataset: str = _option("shapes", "shapes, cifar10, cifar100, svhn, mnist, fashion-mnist, a .npz, or a folder", "Data")
+    data_dir: str = _option("data", "where the torchvision data sets lie or are downloaded to", "Data")
+    limit: int = _option(0, "train on that many images, the same share of each class; 0 = all", "Data")
+    val_fraction: float = _option(0.1, "share of the training images held out; 'best' is chosen there", "Data")
+    augment: str = _option("none", "none, crop (pad 4), or crop-flip, on the fly", "Data")
+    model: str = _option("small", "small, preactresnet18, wrn-28-10, or wrn-34-10", "Model")
+    width: int = _option(16, "channels of the first stage of the small model", "Model")
+    method: str = _option("fgsm", "none, fgsm, rs-fgsm, n-fgsm, pgd, trades, mart, weat-nat, weat-adv", "Method")
+    eps: float = _option(20 / 255, "radius of the attack's ball; write 8/255", "Method")
+    eps_warmup: float = _option(3.0, "epochs over which eps grows linearly from 0", "Method")
+    norm: str = _option("linf", "linf or l2: how the ball is measured", "Method")
+    attack_steps: int = _option(10, "steps of the training attack, multi-step methods only", "Method")
+    attack_bn: str = _option("eval", "BatchNorm statistics inside the training attack: eval (running) or train (of the batch)", "Method")
+    method_beta: float = _option(6.0, "weight of the KL term of trades, mart and weat", "Method")
+    der: bool = _option(False, "add the Delta Energy Regularizer", "Regularizers")
+    beta: float = _option(2.0, "weight of DER; grow it with eps and with the number of epochs", "Regularizers")
+    der_power: int = _option(1, "1: mean |dE|; 2: mean dE^2", "Regularizers")
+    grad_align: float = _option(0.0, "weight of GradAlign (Andriushchenko & Flammarion 2020); 0 = off", "Regularizers")
+    awp: float = _option(0.0, "gamma of adversarial weight perturbation (Wu et al. 2020); 0 = off", "Regularizers")
+    epochs: int = _option(14, "passes over the training images", "Optimisation")
+    batch_size: int = _option(128, "images per step, over all processes", "Optimisation")
+    lr: float = _option(0.2, "highest learning rate of SGD", "Optimisation")
+    schedule: str = _option("triangular", "triangular, piecewise (x.1 at 50% and 75%), cosine, or constant", "Optimisation")
+    momentum: float = _option(0.9, "momentum of SGD", "Optimisation")
+    weight_decay: float = _option(5e-4, "L2 penalty of SGD, on every parameter", "Optimisation")
+    ema: float = _option(0.0, "decay of an average of the weights, which is then what is judged; 0 = off", "Optimisation")
+    on_overfit: str = _option("continue", "when the alarm rings: continue, stop, rollback, or der", "Overfitting")
+    probe_size: int = _option(400, "images of each split measured every epoch", "Overfitting")
+    probe_every: int = _option(200, "steps between the cheap checks inside an epoch", "Overfitting")
+    test_size: int = _option(0, "test images that judge the final and the best model; 0 = all", "Overfitting")
+    seed: int = _option(0, "weights, order, augmentation and noise follow from it", "Machine")
+    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", "Machine")
+    precision: str = _option("auto", "auto (bf16 where the hardware has it), bf16, or fp32", "Machine")
+    compile: bool = _option(False, "run the network through torch.compile", "Machine")
+    # fmt: on
+
+
+def pick_device(name="auto"):
+    """The torch.device called `name`; "auto" takes the first GPU there is, else the CPU.
+
+    Raises: RunError when the machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and dist.is_initialized():
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RunError(f"device '{name}' is not there; try --device cpu") from error
+    return device
+
+
+def pick_precision(name, device):
+    """The torch dtype that convolutions run in: bfloat16 or float32.
+
+    bf16 keeps the exponent range of fp32, so gradients do not underflow and no loss scaling is
+    needed. A CPU without bf16 instructions emulates it slowly, hence "auto".
+    """
+    check_choice("precision", name, ("auto", "bf16", "fp32"))
+    if name == "auto":
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:  # the probe is private in torch 2.6-2.13, hence the guard
+            probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+            fast = device.type == "cpu" and probe()
+        name = "bf16" if fast else "fp32"
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def autocast(device, dtype):
+    """A context in which convolutions and matrix products run in `dtype` (float32: changes nothing)."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+# Several processes (torchrun) share one global batch: every process draws the SAME order, crops and
+# noise from the same seed and then keeps its own rows, share(t) = t[rank::world]. So N processes see
+# exactly what one would, and nothing but the order of floating-point sums differs.
+
+
+def start_processes(device="auto"):
+    """Joins the processes that torchrun started; does nothing in a process started by hand."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        gpu = torch.cuda.is_available() and device != "cpu"
+        if gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if gpu else "gloo")
+
+
+def world():
+    """(rank of this process, number of processes); (0, 1) outside torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def share(t):
+    """This process's rows of a tensor that holds the whole global batch along dimension 0."""
+    rank, processes = world()
+    return t[rank::processes]
+
+
+def sum_over_processes(tensors):
+    """Replaces each tensor by its sum over all processes, in place; one message for the whole list."""
+    if dist.is_initialized():
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat)
+        for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(part.view_as(t))
+
+
+# ==================================================================================================
+# 2. Data: the embedded `shapes`, torchvision's sets, and a user's own files
+# ==================================================================================================
+
+
+@dataclass
+class Data:
+    """Three splits as uint8 images (N, C, H, W) and int64 labels (N,), with the names of the classes."""
+
+    x_train: torch.Tensor
+    y_train: torch.Tensor
+    x_val: torch.Tensor
+    y_val: torch.Tensor
+    x_test: torch.Tensor
+    y_test: torch.Tensor
+    classes: list
+    name: str
+
+    def to(self, device):
+        """The same data on `device`. Images lie channels-last there, as the convolutions want them."""
+        moved = dataclasses.replace(self)
+        for key in ("x_train", "x_val", "x_test"):
+            x = getattr(self, key).to(device)
+            setattr(moved, key, x.contiguous(memory_format=torch.channels_last))
+        for key in ("y_train", "y_val", "y_test"):
+            setattr(moved, key, getattr(self, key).to(device))
+        return moved
+
+
+SHAPES = ["disc", "ring", "square", "triangle", "plus", "star", "crescent", "bars", "frame", "H"]
+
+
+def _shape_distance(name, u, v):
+    """Signed distance from points (u, v) to the outline of a shape about one unit in radius.
+
+    Negative inside, positive outside. Shapes are built from a few primitives by min (union), max
+    (intersection) and |d| - w (a band of half-width w along an outline).
+    """
+    r = torch.hypot(u, v)
+    square = torch.maximum(u.abs(), v.abs())  # the distance of the unit square, plus 1
+
+    def box(a, b):  # an axis-aligned box of half-sides a and b
+        return torch.maximum(u.abs() - a, v.abs() - b)
+
+    if name == "disc":
+        return r - 0.9
+    if name == "ring":
+        return (r - 0.75).abs() - 0.22
+    if name == "square":
+        return square - 0.8
+    if name == "triangle":  # three half-planes at 120 degrees
+        return torch.maximum(u.abs() * 0.866 - v * 0.5, v) - 0.55
+    if name == "plus":
+        return torch.minimum(box(1.0, 0.3), box(0.3, 1.0))
+    if name == "star":  # fold the plane into one tenth, then the line from tip to notch
+        turn = 2 * math.pi / 5
+        angle = torch.remainder(torch.atan2(u, -v) + turn / 2, turn) - turn / 2
+        tip, notch = 1.1, 0.45
+        a, b = r * angle.cos() - tip, r * angle.sin().abs()
+        da, db = notch * math.cos(turn / 2) - tip, notch * math.sin(turn / 2)
+        return (b * -da + a * db) / math.hypot(da, db)
+    if name == "crescent":
+        return torch.maximum(r - 1.0, 0.8 - torch.hypot(u - 0.45, v))
+    if name == "bars":
+        return torch.maximum((u.abs() - 0.6).abs() - 0.25, v.abs() - 0.9)
+    if name == "frame":
+        return (square - 0.7).abs() - 0.18
+    posts = torch.maximum((u.abs() - 0.65).abs() - 0.2, v.abs() - 0.9)
+    return torch.minimum(posts, box(0.65, 0.2))  # "H"
+
+
+def make_shapes(n, seed):
+    """Draws the teaching set: `n` 32x32 colour images of ten shapes, the same ones for the same seed.
+
+    Each image is a soft-edged shape over a smooth background, and a faint grating whose direction and
+    period depend on the class. The grating (amplitude .065, below eps = 20/255 = .078) predicts
+    the class perfectly and an attack can erase or forge it: the non-robust feature that makes
+    single-step training collapse here within minutes, as it does on CIFAR-10 within hours.
+
+    Args: n, number of images; seed, int.
+    Returns: images uint8 (n, 3, 32, 32); labels int64 (n,), as many of each class as n allows.
+    """
+    # NumPy draws (its PCG64 stream is the same everywhere) and float64 keeps differences between
+    # machines' sin and cos far below one step of the final rounding to 8 bits.
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(rng.permutation(np.arange(n) % 10))
+
+    def uniform(low, high, *shape):
+        return torch.from_numpy(rng.uniform(low, high, (n, *shape)))
+
+    size, turn = uniform(0.5, 0.8, 1, 1), uniform(-22, 22, 1, 1) * math.pi / 180
+    room = 0.5 * (1 - size)  # how far the centre may move and leave the shape inside the picture
+    cx, cy = uniform(-1, 1, 1, 1) * room, uniform(-1, 1, 1, 1) * room
+    hue = (labels / 10 + uniform(-0.25, 0.25)) % 1.0  # follows the class only loosely
+    saturation, value = uniform(0.4, 1.0), uniform(0.3, 0.9)
+    ground, direction = uniform(0, 0.6, 2, 3), uniform(0, 2 * math.pi, 1, 1)
+    clouds = torch.from_numpy(rng.normal(0, 0.06, (n, 3, 6, 6)))
+    phase = uniform(0, 2 * math.pi, 1, 1)
+
+    axis = (torch.arange(32, dtype=torch.float64) + 0.5) / 16 - 1  # pixel centres in [-1, 1]
+    gy, gx = axis[:, None], axis[None, :]
+    u = ((gx - cx) * turn.cos() + (gy - cy) * turn.sin()) / size  # into the shape's own frame
+    v = ((gy - cy) * turn.cos() - (gx - cx) * turn.sin()) / size
+    inside = torch.empty_like(u)  # (n, 32, 32): 1 inside, 0 outside, soft over about one pixel
+    for k, name in enumerate(SHAPES):
+        of_class = labels == k
+        distance = _shape_distance(name, u[of_class], v[of_class])
+        inside[of_class] = (0.5 - distance * size[of_class] * 16).clamp(0, 1)
+
+    # hue, saturation, value -> red, green, blue
+    wheel = (hue[:, None] * 6 + torch.tensor([5.0, 3.0, 1.0])) % 6
+    ramp = torch.minimum(wheel, 4 - wheel).clamp(0, 1)
+    colour = value[:, None] * (1 - saturation[:, None] * ramp)  # (n, 3)
+    blend = (0.5 + 0.35 * (gx * direction.cos() + gy * direction.sin())).unsqueeze(1)
+    first, second = ground[:, 0, :, None, None], ground[:, 1, :, None, None]
+    picture = first + (second - first) * blend
+    picture += F.interpolate(clouds, size=32, mode="bilinear", align_corners=True)
+    picture += (colour[:, :, None, None] - picture) * inside.unsqueeze(1)
+    tilt = ((labels % 5) * math.pi / 5)[:, None, None]
+    periods = torch.where(labels < 5, 5.0, 9.0)[:, None, None]
+    wave = gx * tilt.cos() + gy * tilt.sin()
+    picture += 0.065 * (math.pi * periods * wave + phase).sin().unsqueeze(1)
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8), labels
+
+
+def import_torchvision():
+    """Imports torchvision, also where its compiled part does not fit the installed torch.
+
+    torchvision's wheels are built against a CUDA torch. Beside a CPU torch its compiled operators
+    cannot load, and the import stops at "operator torchvision::nms does not exist" although nothing
+    here needs that operator. Declaring its signature, without an implementation, is enough. With a
+    matching pair the first import succeeds and nothing is declared.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for op in ("nms", "qnms"):
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{op}", signature)
+        import torchvision
+    import torchvision.datasets  # noqa: F401  (makes torchvision.datasets reachable)
+
+    return torchvision
+
+
+# name: (what to put into the data directory when the download does not work)
+TORCHVISION_SETS = {
+    "cifar10": "cifar-10-python.tar.gz (or the unpacked folder cifar-10-batches-py)",
+    "cifar100": "cifar-100-python.tar.gz (or the unpacked folder cifar-100-python)",
+    "svhn": "train_32x32.mat and test_32x32.mat",
+    "mnist": "MNIST/raw/train-images-idx3-ubyte.gz and the three files that go with it",
+    "fashion-mnist": "FashionMNIST/raw/train-images-idx3-ubyte.gz and the three files that go with it",
+}
+DATASETS = ["shapes", *TORCHVISION_SETS]
+
+
+def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0):
+    """Loads a data set and splits it into train, validation and test.
+
+    The validation split is held out of the training images (stratified, seeded) unless the data bring
+    one: the best epoch is chosen there, never on test.
+
+    Args:
+        name: one of DATASETS; a path to an .npz with MedMNIST's keys (train_images (N, H, W) or
+            (N, H, W, C) uint8, train_labels (N,) or (N, 1), test_images, test_labels, optional
+            val_images, val_labels); or a path to a folder with train/<class>/ and test/<class>/.
+        data_dir: where torchvision's sets lie or are downloaded to.
+        limit: train on that many images, stratified; 0 = all. Validation and test stay whole.
+        val_fraction: share of the training images that is held out.
+        seed: of the splits, and of the pictures of `shapes`.
+    Returns: Data, on the CPU.
+    Raises: BadInput for an unknown name or unusable data; RunError for files that cannot be had.
+    """
+    if not 0 < val_fraction < 1:
+        raise BadInput(f"val_fraction must be between 0 and 1, not {val_fraction}")
+    if name == "shapes":
+        splits = {"train": make_shapes(6000, seed), "test": make_shapes(2000, seed + 1_000_003)}
+        classes = list(SHAPES)
+    elif name in TORCHVISION_SETS:
+        splits, classes = _load_torchvision(name, data_dir)
+    elif str(name).endswith(".npz"):
+        splits, classes = _load_npz(name)
+    elif os.path.isdir(name):
+        splits, classes = _load_folder(name)
+    elif os.sep in str(name):
+        raise RunError(f"no data at '{name}': give an .npz file or a folder with train/ and test/")
+    else:
+        check_choice("data set", name, DATASETS)
+    if "val" not in splits:
+        x, y = splits["train"]
+        chosen = _stratified(y, round(len(y) * val_fraction), seed)
+        rest = torch.ones(len(y), dtype=torch.bool)
+        rest[chosen] = False
+        splits["train"], splits["val"] = (x[rest], y[rest]), (x[chosen], y[chosen])
+    if limit:
+        x, y = splits["train"]
+        if not len(classes) <= limit <= len(y):
+            raise BadInput(f"limit {limit} must be between {len(classes)} (the classes) and {len(y)}")
+        chosen = _stratified(y, limit, seed)
+        splits["train"] = x[chosen], y[chosen]
+    return Data(*splits["train"], *splits["val"], *splits["test"], classes, str(name))
+
+
+def _stratified(y, count, seed):
+    """`count` indices into labels y (N,), each class by its share, in a seeded random order."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
+    # Sorted by class, every (N / count)-th image is a stratified sample.
+    by_class = order[torch.argsort(y[order], stable=True)]
+    chosen = by_class[(torch.arange(count) * len(y)) // max(count, 1)]
+    return chosen[torch.from_numpy(np.random.default_rng(seed + 1).permutation(count))]
+
+
+def _to_nchw(images, where):
+    """uint8 images (N, H, W) or (N, H, W, C) of NumPy -> uint8 tensor (N, C, H, W), square, C 1 or 3."""
+    images = np.asarray(images)
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8:
+        raise BadInput(f"{where}: images must be uint8 in 0..255, not {images.dtype}")
+    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
+        raise BadInput(f"{where}: images must be (N, S, S) or (N, S, S, 1 or 3), not {images.shape}")
+    if len(images) == 0 or images.shape[1] < 8:
+        raise BadInput(f"{where}: needs at least one image of 8x8 pixels, not {images.shape}")
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _load_npz(path):
+    """Splits and class names from an .npz with MedMNIST's keys."""
+    if not os.path.isfile(path):
+        raise RunError(f"no file '{path}'")
+    try:  # allow_pickle=False: a pickle inside an .npz would run its author's code
+        archive = np.load(path, allow_pickle=False)
+        keys = [k for k in archive.files if k.split("_")[0] in ("train", "val", "test")]
+        arrays = {k: archive[k] for k in keys}
+    except (OSError, ValueError, EOFError, zlib.error, AttributeError) as error:
+        raise RunError(f"'{path}' cannot be read as an .npz of plain arrays: {error}") from error
+    splits = {}
+    for split in ("train", "val", "test"):
+        x, y = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
+        if x is None or y is None:
+            if split == "val" and x is None and y is None:
+                continue
+            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; it has: {', '.join(keys)}")
+        x = _to_nchw(x, f"'{path}' {split}_images")
+        if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "iu":
+            raise BadInput(
+                f"'{path}' {split}_labels must be {len(x)} integers, (N,) or (N, 1),"
+                f" not {y.dtype} {y.shape}"
+            )
+        splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
+    count = int(splits["train"][1].max()) + 1
+    for split, (x, y) in splits.items():
+        if y.min() < 0 or y.max() >= count:
+            raise BadInput(f"'{path}' {split}_labels must lie in 0..{count - 1}, the training labels")
+        if x.shape[1:] != splits["train"][0].shape[1:]:
+            raise BadInput(f"'{path}' {split}_images differ in size from train_images")
+    return splits, [str(k) for k in range(count)]
+
+
+def _load_folder(path):
+    """Splits and class names from a folder with train/<class>/* and test/<class>/* (ImageFolder)."""
+    from PIL import Image  # torchvision's own requirement
+
+    def read(file):  # grey files stay grey (one channel), everything else becomes RGB
+        with Image.open(file) as image:
+            return np.asarray(image if image.mode == "L" else image.convert("RGB"))
+
+    splits, classes = {}, None
+    for split in ("train", "val", "test"):
+        if not os.path.isdir(os.path.join(path, split)):
+            if split == "val":
+                continue
+            raise RunError(f"folder '{path}' has no {split}/ with one folder of images per class")
+        try:
+            found = import_torchvision().datasets.ImageFolder(os.path.join(path, split), loader=read)
+            images = [image for image, _ in found]
+        except OSError as error:  # an empty class folder, a damaged picture
+            raise RunError(f"folder '{path}/{split}' cannot be read: {error}") from error
+        if classes not in (None, found.classes):
+            raise BadInput(f"folder '{path}': {split}/ has other classes than train/")
+        if len({image.shape for image in images}) > 1:
+            raise BadInput(f"folder '{path}/{split}': all images must have one size and one mode")
+        classes = found.classes
+        splits[split] = _to_nchw(np.stack(images), path), torch.tensor(found.targets)
+    if len({x.shape[1:] for x, _ in splits.values()}) > 1:
+        raise BadInput(f"folder '{path}': train/ and test/ differ in image size or mode")
+    return splits, classes
+
+
+def _load_torchvision(name, data_dir):
+    """Splits and class names of one of torchvision's sets, downloaded when missing."""
+    torchvision = import_torchvision()
+    sets = torchvision.datasets
+    kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "mnist": sets.MNIST}
+    kind["fashion-mnist"] = sets.FashionMNIST
+    splits, classes = {}, [str(k) for k in range(10)]
+    try:
+        for split in ("train", "test"):
+            if name == "svhn":  # torchvision reads it with scipy, which this project does without
+                url, file, md5 = sets.SVHN.split_list[split]
+                sets.utils.download_url(url, data_dir, file, md5)
+                mat = _read_mat(os.path.join(data_dir, file))
+                images, targets = mat["X"].transpose(3, 0, 1, 2), mat["y"].reshape(-1) % 10
+            else:
+                found = kind[name](data_dir, train=split == "train", download=True)
+                images, targets, classes = found.data, found.targets, list(found.classes)
+            y = torch.as_tensor(np.asarray(targets)).long()
+            splits[split] = _to_nchw(np.asarray(images), name), y
+    except (OSError, RuntimeError, KeyError, EOFError, zlib.error, pickle.UnpicklingError) as error:
+        raise RunError(
+            f"{name} could not be downloaded or read ({error}). Put {TORCHVISION_SETS[name]}"
+            f" into '{data_dir}', or name another folder with --data-dir"
+        ) from error
+    return splits, classes
+
+
+def _read_mat(path):
+    """The numeric arrays of a MATLAB 5 file (the format of SVHN) as {name: array}.
+
+    The file is a 128-byte header and a row of elements: (type, size) as two uint32, then the bytes,
+    padded to 8. Type 15 is a zlib-compressed element; type 14 a matrix, itself a row of elements:
+    flags, dimensions, name, values. A small element packs size, type and data into 8 bytes.
+    """
+    kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
+
+    def elements(blob):
+        at = 0
+        while at + 8 <= len(blob):
+            tag, size = np.frombuffer(blob, "<u4", 2, at).tolist()
+            if tag >> 16:  # small element
+                yield tag & 0xFFFF, blob[at + 4 : at + 4 + (tag >> 16)]
+                at += 8
+            else:
+                yield tag, blob[at + 8 : at + 8 + size]
+                at += 8 + size + (-size % 8 if tag != 15 else 0)
+
+    arrays = {}
+    for tag, body in elements(Path(path).read_bytes()[128:]):
+        if tag == 15:
+            tag, body = next(elements(zlib.decompress(body)))
+        if tag == 14:
+            _, (_, dims), (_, name), (kind, values) = list(elements(body))[:4]
+            shape = np.frombuffer(dims, "<i4")
+            arrays[name.decode()] = np.frombuffer(values, kinds[kind]).reshape(shape, order="F")
+    return arrays
+
+
+def augment(x, how, generator=None):
+    """Random crops (pad 4) and horizontal flips of a batch, on whatever device it lies.
+
+    Args: x, images (N, C, H, W) of any dtype; how, "none", "crop" or "crop-flip".
+    Returns: images of the same shape and dtype, laid out channels-last.
+    """
+    if how == "none":
+        return x
+    n, _, height, width = x.shape
+    random = torch.rand(3, n, generator=generator, device=x.device)
+    padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)  # (N, H + 8, W + 8, C)
+    rows = (random[0] * 9).long()[:, None] + torch.arange(height, device=x.device)  # (N, H)
+    cols = (random[1] * 9).long()[:, None] + torch.arange(width, device=x.device)  # (N, W)
+    if how == "crop-flip":
+        cols = torch.where(random[2][:, None] < 0.5, cols.flip(1), cols)
+    image = torch.arange(n, device=x.device)[:, None, None]
+    return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+
+
+# ==================================================================================================
+# 3. Model: pre-activation residual networks
+# ==================================================================================================
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d whose batch is the global batch, also when several processes share it.
+
+    Each process contributes its sums; the sum over processes is differentiable, so that gradients
+    are those of the whole batch too. (torch's own SyncBatchNorm does this on GPUs only.)
+    """
+
+    def forward(self, x):  # x (N, C, H, W) -> same shape
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        x32 = x.float()
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        mean = dist_autograd.all_reduce(x32.sum((0, 2, 3))) / count
+        centred = x32 - mean[:, None, None]
+        var = dist_autograd.all_reduce((centred**2).sum((0, 2, 3))) / count
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1), self.momentum)
+                self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each AFTER its BatchNorm and ReLU, and a shortcut around both."""
+
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.bn1, self.bn2 = BatchNorm(c_in), BatchNorm(c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
+        same = stride == 1 and c_in == c_out
+        self.shortcut = None if same else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
+
+    def forward(self, x):
+        out = F.relu(self.bn1(x))
+        skip = x if self.shortcut is None else self.shortcut(out)
+        out = F.relu(self.bn2(self.conv1(out)))
+        return self.conv2(out) + skip
+
+
+class PreActResNet(nn.Module):
+    """Images in [0, 1] in, logits out: (N, C, H, W) -> (N, K). The normalisation is the first layer.
+
+    Keeping mean and std INSIDE the model means that eps is measured in pixels everywhere and that no
+    attack can forget to normalise. Source: He et al. 2016; Zagoruyko & Komodakis 2016 for the wide ones.
+    """
+
+    def __init__(self, widths, depths, stem, stem_stride, num_classes, in_channels, mean, std):
+        super().__init__()
+        for name, value, default in (("mean", mean, 0.5), ("std", std, 0.25)):
+            value = [default] * in_channels if value is None else value
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32).view(1, -1, 1, 1))
+        self.stem = nn.Conv2d(in_channels, stem, 3, stem_stride, padding=1, bias=False)
+        blocks, c_in = [], stem
+        for stage, (c_out, depth) in enumerate(zip(widths, depths)):
+            for block in range(depth):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(PreActBlock(c_in, c_out, stride))
+                c_in = c_out
+        self.blocks, self.bn = nn.Sequential(*blocks), BatchNorm(c_in)
+        self.head = nn.Linear(c_in, num_classes)
+
+    def forward(self, x):
+        x = self.blocks(self.stem((x - self.mean) / self.std))
+        return self.head(F.relu(self.bn(x)).mean((2, 3)))
+
+
+MODELS = ["small", "preactresnet18", "wrn-28-10", "wrn-34-10"]
+
+
+def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None, width=16):
+    """A fresh network with its normalisation inside.
+
+    Args: name, one of MODELS; mean and std, per channel in [0, 1] units (default .5 and .25);
+        width, channels of the first stage, for `small` only.
+    Returns: PreActResNet; `.spec` holds what load_model needs to build it again.
+    """
+    check_choice("model", name, MODELS)
+    if name == "small":  # .7 M parameters, 8 MFLOP per image forward: made for CPUs
+        layout = ([width, 2 * width, 4 * width, 8 * width], [1, 1, 1, 1], width, 2)
+    elif name == "preactresnet18":  # 11.17 M parameters, 1.1 GFLOP
+        layout = ([64, 128, 256, 512], [2, 2, 2, 2], 64, 1)
+    else:  # 36.5 M or 46.2 M parameters; depth 28 = 6 * 4 + 4
+        blocks = 4 if name == "wrn-28-10" else 5
+        layout = ([160, 320, 640], [blocks] * 3, 16, 1)
+    model = PreActResNet(*layout, num_classes, in_channels, mean, std)
+    model.spec = dict(name=name, num_classes=num_classes, in_channels=in_channels, width=width)
+    return model.to(memory_format=torch.channels_last)
+
+
+# ==================================================================================================
+# 4. Energies
+# ==================================================================================================
+
+
+def energy_xy(logits, y):
+    """(E1) Joint energy E(x, y) = -f(x)[y]. logits (N, K), y int64 (N,) -> (N,). Lower is likelier."""
+    return -logits.float().gather(1, y[:, None]).squeeze(1)
+
+
+def energy_x(logits):
+    """(E2) Marginal energy E(x) = -log sum_k exp f(x)[k]. logits (N, K) -> (N,). Lower is likelier.
+
+    exp(-E(x)) is the sum of exp(-E(x, y)) over y: the label is summed out, as in any joint density.
+    Source: Grathwohl et al. 2020 (JEM), section 3.
+    """
+    return -logits.float().logsumexp(1)
+
+
+# (E3)  cross-entropy = -log p(y|x) = -f(x)[y] + log sum_k exp f(x)[k] = E(x, y) - E(x), exactly.
+
+
+def delta_energy(logits, logits_adv, y=None):
+    """(E4) dE(x) = E(x) - E(x*); (E5) with labels, dE(x, y) = E(x, y) - E(x*, y).
+
+    Args: logits and logits_adv (N, K), of the images and of their adversarial twins; y int64 (N,).
+    Returns: (N,). Positive: the attack LOWERED the energy, x* looks likelier to the model than x.
+    Source: Mirza et al. 2024, section 3; Mirza et al. 2025.
+    """
+    if y is None:
+        return energy_x(logits) - energy_x(logits_adv)
+    return energy_xy(logits, y) - energy_xy(logits_adv, y)
+
+
+# ==================================================================================================
+# 5. Attacks: pure functions of (model, x, y, eps)
+# ==================================================================================================
+
+ATTACK_LOSSES = ["ce", "kl", "margin", "energy"]
+
+
+def attack_loss(logits, y, loss="ce", reference=None):
+    """What an attack climbs, per image: logits (N, K), y (N,) -> (N,).
+
+    ce:     -log p(y|x), the usual choice.
+    kl:     KL(p(.|x) || p(.|x*)) against the `reference` logits of the clean images (TRADES).
+    margin: max_{k != y} f(x)[k] - f(x)[y], positive exactly when x is misclassified (Carlini &
+            Wagner 2017); unlike ce it does not flatten out where the model is confident.
+    energy: -E(x), so that climbing it makes the image likelier to the model, whatever its label.
+    """
+    check_choice("attack loss", loss, ATTACK_LOSSES)
+    logits = logits.float()
+    if loss == "ce":
+        return F.cross_entropy(logits, y, reduction="none")
+    if loss == "kl":
+        return kl_per_image(reference, logits)
+    if loss == "energy":
+        return -energy_x(logits)
+    others = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    return others + energy_xy(logits, y)
+
+
+def kl_per_image(logits, logits_adv):
+    """KL(p(.|x) || p(.|x*)) per image: two (N, K) -> (N,)."""
+    log_p, log_q = logits.float().log_softmax(1), logits_adv.float().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+@contextlib.contextmanager
+def attack_mode(model, batchnorm="eval"):
+    """Lets an attack run the model without leaving a trace in it.
+
+    "eval" puts every submodule in eval mode: BatchNorm uses its running statistics. "train" leaves
+    the modes alone (BatchNorm uses the batch's own statistics) but stops it from recording them.
+    Either way each submodule gets its own mode back.
+    """
+    check_choice("BatchNorm mode", batchnorm, ("eval", "train"))
+    before = [(m, m.training) for m in model.modules()]
+    norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    if batchnorm == "eval":
+        model.eval()
+    else:
+        for m in norms:
+            m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in norms:
+            m.track_running_stats = True
+        for m, training in before:
+            m.training = training
+
+
+def check_attack(x, y, eps, norm):
+    """Refuses what attacks silently go wrong on: normalised or integer images, bad labels, bad eps.
+
+    Raises: BadInput.
+    """
+    check_choice("norm", norm, ("linf", "l2"))
+    if x.ndim != 4 or not x.is_floating_point():
+        raise BadInput(f"attacks take float images (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
+    if y.shape != x.shape[:1] or y.dtype != torch.int64:
+        raise BadInput(f"labels must be int64 of shape ({len(x)},), not {y.dtype} {tuple(y.shape)}")
+    if not 0 <= eps < math.inf:
+        raise BadInput(f"eps must be a number >= 0, not {eps}")
+    if len(x) and not (x.min() >= 0 and x.max() <= 1):
+        raise BadInput(
+            f"images must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}:"
+            " normalisation belongs inside the model"
+        )
+
+
+def input_gradient(model, x, y, loss="ce", targeted=False, reference=None):
+    """Gradient of the attack loss with respect to the images alone: (N, C, H, W).
+
+    torch.autograd.grad(value, x) computes nothing for the weights: cheaper than backward(), and no
+    `.grad` is touched. `targeted`: y is the label to reach, so the loss is to go down.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        value = attack_loss(model(x), y, loss, reference).sum()
+        (gradient,) = torch.autograd.grad(value, x)
+    return -gradient if targeted else gradient
+
+
+def per_image_norm(d):
+    """l_2 norm of each image, shaped to broadcast: (N, C, H, W) -> (N, 1, 1, 1), never exactly 0."""
+    return d.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+
+
+def random_noise(x, eps, norm="linf", generator=None):
+    """A uniform draw from the eps-ball around 0, one per image, shaped like x."""
+    if norm == "linf":
+        return (torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1) * eps
+    direction = torch.randn(x.shape, generator=generator, device=x.device)
+    radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+    return direction / per_image_norm(direction) * eps * radius ** (1 / x[0].numel())
+
+
+def ascend(x_adv, gradient, step, norm="linf"):
+    """The steepest step of length `step`: along the sign for l_inf, along the gradient for l_2."""
+    if norm == "linf":
+        return x_adv + step * gradient.sign()
+    return x_adv + step * gradient / per_image_norm(gradient)
+
+
+def project(x_adv, x, eps, norm="linf"):
+    """The nearest point to x_adv within eps of x, then within [0, 1]."""
+    if norm == "linf":
+        x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps)
+    else:
+        delta = x_adv - x
+        x_adv = x + delta * (eps / per_image_norm(delta)).clamp(max=1)
+    return x_adv.clamp(0, 1)
+
+
+def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None, step=None,
+         inside_ball=True, batchnorm="eval", validate=True):  # fmt: skip
+    """(E6) Fast gradient sign method: x* = clip(x + eps * sign grad_x CE(x, y)).
+
+    Args:
+        model: images in [0, 1] -> logits (N, K). Left exactly as it was.
+        x, y: images float (N, C, H, W) in [0, 1]; labels int64 (N,).
+        eps: radius of the ball, in pixel units; 0 returns x.
+        norm, loss, targeted: "linf" or "l2"; one of ATTACK_LOSSES; y is the label to reach.
+        start: where the gradient is taken, if not at x. The kl loss needs one: at x its gradient is 0.
+        step: length of the step, default eps.
+        inside_ball: False leaves x* outside the ball where start + step led there.
+        batchnorm: "eval", or "train" for the batch's own statistics (see attack_mode).
+        validate: False skips the range checks, which make a GPU wait for the host.
+    Returns: x_adv, like x, detached.
+    Raises: BadInput.
+    Source: Goodfellow et al. 2015.
+    """
+    if validate:
+        check_attack(x, y, eps, norm)
+    start = x if start is None else start
+    with attack_mode(model, batchnorm):
+        reference = model(x).detach() if loss == "kl" else None
+        gradient = input_gradient(model, start, y, loss, targeted, reference)
+    x_adv = ascend(start, gradient, eps if step is None else step, norm)
+    return project(x_adv, x, eps, norm) if inside_ball else x_adv.clamp(0, 1)
+
+
+def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
+    """(E7) FGSM from a random start: x0 = x + U(-eps, eps), one step of 1.25 eps, back into the ball.
+
+    Arguments as for fgsm; `generator` draws the start. Source: Wong et al. 2020.
+    """
+    if start is None:
+        start = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
+    return fgsm(model, x, y, eps, norm=norm, start=start, step=1.25 * eps, **options)
+
+
+def n_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
+    """(E8) Noisy FGSM: x0 = x + U(-2 eps, 2 eps), one step of eps, and NO clipping to the ball.
+
+    So x* may lie up to 3 eps away from x: it is meant for training, not for judging. Arguments as
+    for fgsm; `generator` draws the start. Source: de Jorge et al. 2022, algorithm 1.
+    """
+    if start is None:
+        start = x + random_noise(x, 2 * eps, norm, generator)
+    return fgsm(model, x, y, eps, norm=norm, start=start, inside_ball=False, **options)
+
+
+def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss="ce", targeted=False,
+        random_start=True, start=None, batchnorm="eval", generator=None, validate=True):  # fmt: skip
+    """(E9) Projected gradient descent: `steps` times x* <- project(x* + step_size * ascent direction).
+
+    Args:
+        steps, step_size: how many, how long; default length eps / 4 (2/255 at 8/255, Rice et al.).
+        random_start: begin at a uniform draw from the ball, by `generator`, instead of at x.
+        start: begin exactly there; overrides random_start.
+        The others as for fgsm.
+    Returns: x_adv, like x, detached: the last iterate.
+    Raises: BadInput.
+    Source: Madry et al. 2018.
+    """
+    if validate:
+        check_attack(x, y, eps, norm)
+    step_size = eps / 4 if step_size is None else step_size
+    x_adv = x if start is None else start
+    if start is None and random_start:
+        x_adv = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
+    with attack_mode(model, batchnorm):
+        reference = model(x).detach() if loss == "kl" else None
+        for _ in range(steps):
+            gradient = input_gradient(model, x_adv, y, loss, targeted, reference)
+            x_adv = project(ascend(x_adv, gradient, step_size, norm), x, eps, norm)
+    return x_adv.detach()
+
+
+# ==================================================================================================
+# 6. What training minimises: the losses, DER, and the baselines it is compared with
+# ==================================================================================================
+
+
+def der(logits, logits_adv, power=1):
+    """(E10) Delta Energy Regularizer: mean over the batch of |E(x) - E(x*)|^power. A scalar.
+
+    Added to the loss of any method as beta * der. Gradients flow through BOTH energies: the energy
+    landscape is flattened between x and x*, it is not only x* that is pulled towards x.
+
+    Why it helps. A model under catastrophic overfitting carves narrow energy wells around the one
+    point where single-step training looks; a few PGD steps fall into them, and dE shoots up. |dE| is
+    large exactly there. Why |dE| and not dE^2: the square hardly pushes while dE is small, and by the
+    time it is large the collapse has happened (measured: README, "DER").
+
+    Args: logits, logits_adv (N, K); power 1 or 2.
+    Source: our reading of Mirza et al. 2025 (see the top of this file).
+    """
+    return delta_energy(logits, logits_adv).abs().pow(power).mean()
+
+
+def adversarial_loss(logits, logits_adv, y, beta):
+    """(E11) Cross-entropy of the adversarial twins, what all fgsm's and pgd minimise. A scalar.
+
+    `logits` and `beta` are not used; they are here so that all losses are called alike.
+    Source: Madry et al. 2018.
+    """
+    return F.cross_entropy(logits_adv.float(), y)
+
+
+def trades_loss(logits, logits_adv, y, beta=6.0):
+    """(E12) TRADES: CE(f(x), y) + beta * KL(p(.|x) || p(.|x*)). A scalar.
+
+    In energies KL = sum_k p(k|x) (E(x*, k) - E(x, k)) + dE(x): part of what TRADES presses down IS
+    the delta energy, which is why it suffers less from overfitting.
+    Source: Zhang et al. 2019; the identity: Mirza et al. 2024, proposition 1.
+    """
+    return F.cross_entropy(logits.float(), y) + beta * kl_per_image(logits, logits_adv).mean()
+
+
+def mart_loss(logits, logits_adv, y, beta=5.0):
+    """(E13) MART: BCE(p(x*), y) + beta * mean KL(p(.|x) || p(.|x*)) (1 - p(y|x)). A scalar.
+
+    BCE = -log p(y|x*) - log(1 - max_{k != y} p(k|x*)), the cross-entropy "boosted" by a margin; the
+    factor 1 - p(y|x) lets misclassified images count more. Source: Wang et al. 2020, equation 11.
+    """
+    p_adv = logits_adv.float().softmax(1)
+    rival = p_adv.scatter(1, y[:, None], 0).amax(1)
+    boosted = F.cross_entropy(logits_adv.float(), y) - torch.log1p(-rival + 1e-6).mean()
+    doubt = 1 - logits.float().softmax(1).gather(1, y[:, None]).squeeze(1)
+    return boosted + beta * (kl_per_image(logits, logits_adv) * doubt).mean()
+
+
+def weat_weights(logits):
+    """(E14) WEAT's weights w = 1 / log(1 + exp|E(x)|), detached: (N, K) -> (N,).
+
+    Images of energy near 0, about which the model has learnt least, count most.
+    Source: Mirza et al. 2024, section 3.3.
+    """
+    return 1 / F.softplus(energy_x(logits).abs()).detach()
+
+
+def weat_nat_loss(logits, logits_adv, y, beta=6.0):
+    """(E15) WEAT, natural: mean w (CE(f(x), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
+    ce = F.cross_entropy(logits.float(), y, reduction="none")
+    return (weat_weights(logits) * (ce + beta * kl_per_image(logits, logits_adv))).mean()
+
+
+def weat_adv_loss(logits, logits_adv, y, beta=6.0):
+    """(E16) WEAT, adversarial: mean w (CE(f(x*), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
+    ce = F.cross_entropy(logits_adv.float(), y, reduction="none")
+    return (weat_weights(logits) * (ce + beta * kl_per_image(logits, logits_adv))).mean()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training: where the attack starts, what it climbs in how many steps, and the loss."""
+
+    start: str  # none: no attack; zero: at x; ball: U(-eps, eps); wide: U(-2 eps, 2 eps); gauss
+    loss: object  # (logits, logits_adv, y, beta) -> scalar
+    climbs: str = "ce"  # the attack's loss
+    multi_step: bool = False
+    needs_clean: bool = False  # whether the loss looks at logits of the clean images
+
+
+METHODS = {
+    "none": Method("none", adversarial_loss),
+    "fgsm": Method("zero", adversarial_loss),
+    "rs-fgsm": Method("ball", adversarial_loss),
+    "n-fgsm": Method("wide", adversarial_loss),
+    "pgd": Method("ball", adversarial_loss, multi_step=True),
+    "trades": Method("gauss", trades_loss, "kl", True, True),
+    "mart": Method("gauss", mart_loss, "ce", True, True),
+    "weat-nat": Method("gauss", weat_nat_loss, "kl", True, True),
+    "weat-adv": Method("gauss", weat_adv_loss, "kl", True, True),
+}
+
+
+def attack_start(x, method, eps, norm, generator=None):
+    """Where the training attack starts from: images like x.
+
+    The Gaussian start of TRADES, x + .001 N(0, 1), is as good as none for cross-entropy, but KL has
+    zero gradient at x itself and needs to be nudged off it.
+    """
+    start = METHODS[method].start
+    if start in ("none", "zero"):
+        return x
+    if start == "gauss":
+        return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
+    noise = random_noise(x, 2 * eps if start == "wide" else eps, norm, generator)
+    return x + noise if start == "wide" else (x + noise).clamp(0, 1)
+
+
+def training_attack(model, x, y, start, eps, config):
+    """x* as config.method makes it, from `start` (see attack_start)."""
+    options = dict(norm=config.norm, start=start, batchnorm=config.attack_bn, validate=False)
+    method = METHODS[config.method]
+    if method.start == "none":
+        return x
+    if method.multi_step:
+        return pgd(model, x, y, eps, config.attack_steps, loss=method.climbs, **options)
+    single_step = {"zero": fgsm, "ball": rs_fgsm, "wide": n_fgsm}[method.start]
+    return single_step(model, x, y, eps, **options)
+
+
+def grad_align(model, x, y, noise):
+    """(E17) GradAlign: 1 - mean cos(grad_x CE(x), grad_x CE(x + noise)), noise ~ U(-eps, eps).
+
+    A baseline: catastrophic overfitting shows as a gradient that turns within the ball, so its
+    turning is penalised. Needs second derivatives, hence its price (about three times FGSM).
+    Source: Andriushchenko & Flammarion 2020, equation 5.
+    """
+    gradients = []
+    for point in (x, x + noise):
+        point = point.detach().requires_grad_(True)
+        loss = F.cross_entropy(model(point).float(), y, reduction="sum")
+        gradients += torch.autograd.grad(loss, point, create_graph=True)
+    return 1 - F.cosine_similarity(gradients[0].flatten(1), gradients[1].flatten(1)).mean()
+
+
+@contextlib.contextmanager
+def adversarial_weights(model, objective, gamma):
+    """(E18) AWP: while open, every weight matrix w is shifted by gamma |w| g / |g|, g = dL/dw.
+
+    A baseline against robust overfitting: the loss is made small in a whole neighbourhood of the
+    weights. `objective()` returns the loss. Afterwards the weights are restored exactly.
+    Source: Wu et al. 2020, section 4.1.
+    """
+    weights = [w for w in model.parameters() if w.ndim > 1]  # no biases, no BatchNorm
+    with attack_mode(model, "train"):
+        gradients = list(torch.autograd.grad(objective(), weights))
+    sum_over_processes(gradients)
+    before = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, g in zip(weights, gradients):
+            w += gamma * w.norm() * g / (g.norm() + 1e-12)
+    yield
+    with torch.no_grad():
+        for w, kept in zip(weights, before):
+            w.copy_(kept)
+
+
+# ==================================================================================================
+# 7. Overfitting: what is measured, and when the alarm rings
+# ==================================================================================================
+
+
+@torch.no_grad()
+def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch_size=500):
+    """Accuracies and energies of a model on images, clean and under FGSM and PGD.
+
+    Args: x uint8 (N, C, H, W) and y int64 (N,), on the model's device; eps, steps and norm of the
+        attacks (PGD: one random start, step eps / 4, the same noise at every call).
+    Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc in [0, 1]; energy,
+        E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd, |dE(x)|;
+        delta_energy_xy_pgd, dE(x, y). Energies are in nats.
+    """
+    generator = torch.Generator(x.device).manual_seed(0)
+    logits = {"clean": [], "fgsm": [], "pgd": []}
+    with attack_mode(model), autocast(x.device, dtype):
+        for x8, yb in zip(x.split(batch_size), y.split(batch_size)):
+            xb = x8.float() / 255
+            logits["clean"].append(model(xb))
+            options = dict(norm=norm, validate=False)
+            logits["fgsm"].append(model(fgsm(model, xb, yb, eps, **options)))
+            x_adv = pgd(model, xb, yb, eps, steps, generator=generator, **options)
+            logits["pgd"].append(model(x_adv))
+    clean, single, multi = (torch.cat(logits[k]).float() for k in ("clean", "fgsm", "pgd"))
+    found = {f"{k}_acc": (torch.cat(v).argmax(1) == y).float().mean() for k, v in logits.items()}
+    found["energy"] = energy_x(clean).mean()
+    found["delta_energy_fgsm"] = delta_energy(clean, single).mean()
+    found["delta_energy_pgd"] = delta_energy(clean, multi).mean()
+    found["abs_delta_energy_pgd"] = delta_energy(clean, multi).abs().mean()
+    found["delta_energy_xy_pgd"] = delta_energy(clean, multi, y).mean()
+    return {k: v.item() for k, v in found.items()}
+
+
+@dataclass
+class OverfittingMonitor:
+    """Says in words whether training is healthy, from measurements on the VALIDATION split.
+
+    Catastrophic overfitting (CO): PGD accuracy collapses while single-step accuracy holds. dE under
+    PGD usually shoots up with it and is quoted; it is not required, because DER holds dE down even
+    in a run that collapses. Robust overfitting (RO): PGD accuracy decays from its best while accuracy
+    on the attacked training images keeps rising.
+    """
+
+    # fmt: off
+    co_gap: float = 0.10        # FGSM accuracy must exceed PGD accuracy by that much ...
+    co_ratio: float = 0.35      # ... PGD must keep less than this share of FGSM's (healthy runs: .6 and more) ...
+    co_fall: float = 0.60       # ... and have fallen below this share of its own best
+    ro_drop: float = 0.03       # PGD accuracy must lie that far below its best (means over ro_window epochs) ...
+    ro_rise: float = 0.05       # ... while training accuracy has risen by that much since
+    ro_window: int = 3          # one epoch's accuracy on a few hundred images is too noisy to judge by
+    best: float = 0.0           # best PGD accuracy so far, of one measurement
+    recent: list = field(default_factory=list)   # (PGD accuracy, training accuracy) of the last epochs
+    peak: list = field(default_factory=list)     # [smoothed PGD accuracy, training accuracy then, epoch]
+    # fmt: on
+
+    def catastrophic(self, found, when):
+        """A reason why `found` (see evaluate) shows CO, or "". when: "epoch 5", for the sentence."""
+        fgsm_acc, pgd_acc = found["fgsm_acc"], found["pgd_acc"]
+        self.best = max(self.best, pgd_acc)
+        struck = (
+            fgsm_acc - pgd_acc >= self.co_gap
+            and pgd_acc <= self.co_ratio * fgsm_acc
+            and pgd_acc <= self.co_fall * self.best
+        )
+        return struck * (
+            f"Catastrophic overfitting struck at {when}: PGD accuracy fell to {pgd_acc:.1%}"
+            f" (best {self.best:.1%}, alarm below {self.co_ratio:.0%} of FGSM's) while FGSM accuracy"
+            f" is {fgsm_acc:.1%}; delta energy under PGD is {found['delta_energy_pgd']:+.2f}"
+        )
+
+    def robust(self, found, train_adv_acc, epoch):
+        """A reason why the last epochs show RO, or ""."""
+        self.recent = (self.recent + [(found["pgd_acc"], train_adv_acc)])[-self.ro_window :]
+        if len(self.recent) < self.ro_window:
+            return ""
+        pgd_acc, train_acc = (sum(v) / self.ro_window for v in zip(*self.recent))
+        if not self.peak or pgd_acc > self.peak[0]:
+            self.peak = [pgd_acc, train_acc, epoch]
+        best, train_then, when = self.peak
+        struck = best - pgd_acc >= self.ro_drop and train_acc - train_then >= self.ro_rise
+        return struck * (
+            f"Robust overfitting by epoch {epoch}: PGD accuracy on held-out images fell from {best:.1%}"
+            f" (around epoch {when}) to {pgd_acc:.1%}, more than {100 * self.ro_drop:.0f} points, while on"
+            f" attacked training images it rose from {train_then:.1%} to {train_acc:.1%};"
+            f" delta energy under PGD is {found['delta_energy_pgd']:+.2f}"
+        )
+
+
+# ==================================================================================================
+# 8. The training loop: one for every method
+# ==================================================================================================
+
+SCHEDULES = ["triangular", "piecewise", "cosine", "constant"]
+PRESETS = {
+    # Few images, many epochs, a learning-rate drop: what robust overfitting needs (Rice et al. 2020).
+    "ro": dict(dataset="shapes", method="pgd", limit=400, width=32, eps=8 / 255, eps_warmup=0.0,
+               attack_steps=3, batch_size=50, lr=0.1, schedule="piecewise", epochs=80, probe_size=600,
+               beta=2.0),
+}  # fmt: skip
+REACTIONS = ["continue", "stop", "rollback", "der"]
+HISTORY = [  # the columns of history.csv, in order; accuracies in [0, 1], energies in nats
+    "epoch", "lr", "train_loss", "train_adv_acc", "clean_acc", "fgsm_acc", "pgd_acc", "val_pgd_acc",
+    "energy", "delta_energy_fgsm", "delta_energy_pgd", "abs_delta_energy_pgd", "train_delta_energy",
+    "verdict", "seconds", "val_fgsm_acc", "val_delta_energy", "probe_seconds",
+]  # fmt: skip
+
+
+def recipe(dataset="shapes", method="fgsm", **given):
+    """The Config that suits a data set and a method; `given` settings override it.
+
+    shapes keeps Config's defaults, the demonstration. Elsewhere: single-step methods follow Wong et
+    al. 2020 (30 epochs, triangular to .2), multi-step ones Rice et al. 2020 (200 epochs, .1 piecewise),
+    MART its authors' learning rate and decay, GradAlign lr .3; eps is 8/255.
+    Raises: BadInput.
+    """
+    check_choice("method", method, METHODS)
+    config = Config(dataset=str(dataset), method=method)
+    if dataset != "shapes":
+        config.model, config.eps, config.eps_warmup, config.epochs = "preactresnet18", 8 / 255, 0.0, 30
+        config.probe_size = 1000
+        digits = dataset in ("svhn", "mnist", "fashion-mnist")  # a mirrored digit is another sign
+        config.augment = "crop" if digits else "crop-flip"
+        if METHODS[method].multi_step or method == "none":
+            config.epochs, config.lr, config.schedule = 200, 0.1, "piecewise"
+        if given.get("grad_align"):
+            config.lr = 0.3
+        if method == "mart":
+            config.lr, config.weight_decay = 0.01, 3.5e-3
+    if method == "mart":
+        config.method_beta = 5.0
+    config = dataclasses.replace(config, **given)
+    check_config(config)
+    return config
+
+
+def check_config(config):
+    """Refuses settings that cannot work, with what to do instead.
+
+    Raises: BadInput.
+    """
+    for kind, choices in (
+        ("model", MODELS), ("method", METHODS), ("norm", ("linf", "l2")), ("schedule", SCHEDULES),
+        ("augment", ("none", "crop", "crop-flip")), ("on_overfit", REACTIONS),
+        ("attack_bn", ("train", "eval")), ("precision", ("auto", "bf16", "fp32")),
+    ):  # fmt: skip
+        check_choice(kind, getattr(config, kind), choices)
+    for name in ("epochs", "batch_size", "attack_steps", "width", "probe_size", "probe_every"):
+        if getattr(config, name) < 1:
+            raise BadInput(f"{name} must be at least 1, not {getattr(config, name)}")
+    for name in ("eps_warmup", "beta", "method_beta", "grad_align", "awp", "weight_decay", "limit",
+                 "test_size", "seed"):  # fmt: skip
+        if not 0 <= getattr(config, name) < math.inf:
+            raise BadInput(f"{name} must not be negative or infinite, but is {getattr(config, name)}")
+    if not 0 < config.lr < math.inf:
+        raise BadInput(f"lr must be positive, not {config.lr}")
+    if not (0 <= config.momentum < 1 and 0 <= config.ema < 1):
+        raise BadInput("momentum and ema must lie in [0, 1)")
+    if config.der_power not in (1, 2):
+        raise BadInput(f"der_power must be 1 or 2, not {config.der_power}")
+    if config.norm == "linf" and not 0 < config.eps <= 1:
+        hint = f": did you mean {config.eps:g}/255?" if 1 < config.eps < 256 else ", such as 8/255"
+        raise BadInput(f"eps {config.eps:g} must be above 0 and at most 1, in units of [0, 1]{hint}")
+    if not 0 < config.eps < math.inf:
+        raise BadInput(f"eps must be positive, not {config.eps:g}")
+    if config.method == "none" and (config.der or config.awp or config.on_overfit != "continue"):
+        raise BadInput("method 'none' makes no adversarial images: der, awp and on_overfit need some")
+
+
+def lr_at(config, progress):
+    """Learning rate at `progress` in [0, 1) of the whole run."""
+    if config.schedule == "triangular":  # 0 -> lr at 40% -> 0
+        return config.lr * min(progress / 0.4, (1 - progress) / 0.6)
+    if config.schedule == "piecewise":
+        return config.lr * 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return config.lr
+
+
+def eps_at(config, epochs_done):
+    """Radius of the training attack after a (fractional) number of epochs: the linear warm-up.
+
+    Why: in the first steps the landscape is rough and the full eps carries single-step training
+    straight into collapse, with DER too; grown into, it does not (README, "DER").
+    """
+    return config.eps * min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else config.eps
+
+
+def training_loss(model, x, y, x_adv, noise, config):
+    """Everything that is minimised: the method's loss plus the regularizers that are switched on.
+
+    Returns: the loss (scalar) and the logits of x_adv (N, K).
+    """
+    method = METHODS[config.method]
+    logits = model(x) if method.needs_clean or config.der else None
+    logits_adv = model(x_adv)
+    loss = method.loss(logits, logits_adv, y, config.method_beta)
+    if config.der:
+        loss = loss + config.beta * der(logits, logits_adv, config.der_power)
+    if config.grad_align:
+        with attack_mode(model, "train"):
+            loss = loss + config.grad_align * grad_align(model, x, y, noise)
+    return loss, logits_adv
+
+
+def save_checkpoint(path, checkpoint):
+    """Writes a checkpoint under a temporary name and renames it: `path` is whole at every moment.
+
+    Raises: RunError when it cannot be written; what was at `path` before is still there.
+    """
+    partial = f"{path}.partial"
+    try:
+        torch.save(checkpoint, partial)
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):  # where the disk is full, give back what was taken
+            os.remove(partial)
+        raise RunError(f"cannot save '{path}' (disk full or not writable?); an older one is kept") from error
+
+
+def load_checkpoint(path):
+    """Reads a checkpoint of `train`: state_dicts and plain values only, never code.
+
+    weights_only=True makes torch refuse a pickle that would run something.
+    Raises: RunError when the file is missing, damaged, hostile or not one of ours.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise RunError(f"no checkpoint '{path}'") from error
+    except Exception as error:  # torch.load raises a dozen kinds on a damaged file
+        raise RunError(f"'{path}' is damaged, or not a checkpoint of plain tensors: not loaded") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ebm-at 1":
+        raise RunError(f"'{path}' is not a checkpoint of this project (no format 'ebm-at 1')")
+    return checkpoint
+
+
+def load_model(path, device="cpu"):
+    """The model of a checkpoint, in eval mode, and the checkpoint itself (config, classes, epoch ...).
+
+    Raises: RunError.
+    """
+    checkpoint = load_checkpoint(path)
+    model = make_model(**checkpoint["spec"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device).eval(), checkpoint
+
+
+def build_model(config, data):
+    """The seeded model of a run, normalised by the mean and std of its training images."""
+    torch.manual_seed(config.seed)
+    x = data.x_train[:10_000].float() / 255
+    mean, std = x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).clamp_min(1e-3).tolist()
+    return make_model(config.model, len(data.classes), x.shape[1], mean, std, config.width)
+
+
+class Trainer:
+    """The state of a run: model, optimiser, averaged weights, monitor, history, best so far."""
+
+    def __init__(self, config, data, model, resume=None):
+        check_config(config)
+        self.config, self.model = dataclasses.replace(config), model
+        self.device = pick_device(config.device)
+        self.dtype = pick_precision(config.precision, self.device)
+        self.data = data.to(self.device)
+        model.to(self.device)
+        self.net = torch.compile(model) if config.compile else model  # same weights, faster calls
+        self.steps = len(data.x_train) // config.batch_size  # per epoch; a last partial batch is left out
+        if self.steps < 1:
+            raise BadInput(f"batch_size {config.batch_size} exceeds the {len(data.x_train)} training images")
+        if config.batch_size % world()[1]:
+            raise BadInput(f"batch_size {config.batch_size} is not divisible by {world()[1]} processes")
+        self.optimizer = torch.optim.SGD(
+            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+        )
+        self.ema = None
+        if config.ema:
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
+            self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
+        self.history, self.alarms, self.saved_epoch = [], [], 0
+        self.best = {"val_pgd_acc": -1.0, "epoch": 0, **self.snapshot()}
+        if resume:
+            self.restore(resume["training"])
+
+    def judged(self):
+        """The network that is measured and kept: the averaged one if there is one."""
+        return self.ema.module if self.ema else self.model
+
+    def snapshot(self):
+        """A copy of all tensors that training changes."""
+        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.ema:
+            parts["ema"] = self.ema.state_dict()
+        return copy.deepcopy(parts)
+
+    def load_snapshot(self, parts):
+        parts = copy.deepcopy(parts)
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(parts["ema"])
+
+    def restore(self, saved):
+        """Takes up a run where its checkpoint left it."""
+        self.load_snapshot(saved["now"])
+        self.monitor = OverfittingMonitor(**saved["monitor"])
+        self.best, self.history, self.alarms = saved["best"], saved["history"], saved["alarms"]
+        self.epoch, self.finished = saved["epoch"], saved["finished"]
+        self.saved_epoch = self.epoch
+        self.config.der = saved["der"]
+
+    def checkpoint(self):
+        """What last.pt holds: enough to use the model, and enough to go on as if never stopped."""
+        return {
+            "format": "ebm-at 1", "spec": self.model.spec, "classes": self.data.classes,
+            "config": dataclasses.asdict(self.config), "epoch": self.epoch,
+            "model": self.judged().state_dict(),
+            "training": {
+                "now": self.snapshot(), "best": self.best, "monitor": dataclasses.asdict(self.monitor),
+                "history": self.history, "alarms": self.alarms, "epoch": self.epoch,
+                "finished": self.finished, "der": self.config.der,
+            },
+        }  # fmt: skip
+
+    def save(self, folder):
+        """Writes last.pt (model and everything resume needs) and best.pt (model only)."""
+        last = self.checkpoint()
+        save_checkpoint(os.path.join(folder, "last.pt"), last)
+        best = {k: v for k, v in last.items() if k != "training"}
+        weights = self.best["model"]
+        if self.ema:
+            weights = {k[len("module.") :]: v for k, v in self.best["ema"].items() if k != "n_averaged"}
+        best |= {"epoch": self.best["epoch"], "model": weights}
+        save_checkpoint(os.path.join(folder, "best.pt"), best)
+        self.saved_epoch = self.epoch
+
+    def probe(self, split, size):
+        """Measures the first `size` images of a split at the run's full eps."""
+        x, y = getattr(self.data, f"x_{split}")[:size], getattr(self.data, f"y_{split}")[:size]
+        return evaluate(self.judged(), x, y, self.config.eps, 10, self.config.norm, self.dtype)
+
+    def step(self, rows, generator, at):
+        """One step of SGD on the images `rows` (of the global batch), `at` a fraction of the run.
+
+        Returns: (loss, number of x* classified correctly), tensors: reading them would stall a GPU.
+        """
+        config, model = self.config, self.net
+        eps = eps_at(config, at * config.epochs)
+        x = augment(self.data.x_train[rows], config.augment, generator).float() / 255
+        start = share(attack_start(x, config.method, eps, config.norm, generator))
+        noise = share(random_noise(x, eps, config.norm, generator)) if config.grad_align else None
+        x, y = share(x), share(self.data.y_train[rows])
+
+        def objective():
+            # A context of its own: autocast remembers the weights it has cast until it is left, and
+            # AWP moves the weights between two calls.
+            with autocast(self.device, self.dtype):
+                return training_loss(model, x, y, x_adv, noise, config)
+
+        with autocast(self.device, self.dtype):
+            x_adv = training_attack(model, x, y, start, eps, config)
+        shifted = contextlib.nullcontext()
+        if config.awp:
+            shifted = adversarial_weights(model, lambda: objective()[0], config.awp)
+        self.optimizer.zero_grad()
+        with shifted:
+            loss, logits_adv = objective()
+            loss.backward()
+        gradients = [p.grad for p in model.parameters()]
+        sum_over_processes(gradients)
+        if world()[1] > 1:
+            torch._foreach_div_(gradients, world()[1])
+        self.optimizer.param_groups[0]["lr"] = lr_at(config, at)
+        self.optimizer.step()
+        if self.ema:
+            self.ema.update_parameters(self.model)
+        return loss.detach(), (logits_adv.argmax(1) == y).sum()
+
+    def run_epoch(self, on_progress=None):
+        """Trains for one epoch and measures; yields a record per alarm and then the epoch's row.
+
+        All randomness of an epoch comes from a generator seeded by (seed, epoch): that is why a
+        resumed run needs no random state to repeat an uninterrupted one bit for bit.
+        """
+        config, began, probing = self.config, time.perf_counter(), 0.0
+        seed = config.seed * 100_003 + self.epoch
+        order = torch.randperm(len(self.data.x_train), generator=torch.Generator().manual_seed(seed))
+        order = order.to(self.device)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        losses, correct = [], []
+        self.model.train()
+        for i in range(self.steps):
+            rows = order[i * config.batch_size : (i + 1) * config.batch_size]
+            at = (self.epoch + i / self.steps) / config.epochs
+            loss, right = self.step(rows, generator, at)
+            losses.append(loss)
+            correct.append(right)
+            if on_progress:
+                on_progress(self.epoch, i + 1, self.steps)
+            if (i + 1) % config.probe_every == 0 and i + 1 < self.steps:  # CO strikes within an epoch
+                self.check_losses(losses)
+                paused = time.perf_counter()
+                found = self.probe("val", min(200, config.probe_size))
+                probing += time.perf_counter() - paused
+                yield from self.react(found, f"epoch {self.epoch + 1}, step {i + 1}")
+                if self.finished:
+                    return
+        self.epoch += 1
+        loss = self.check_losses(losses)
+        totals = [torch.stack(correct).sum().float()]
+        sum_over_processes(totals)
+        train_adv_acc = totals[0].item() / (self.steps * config.batch_size)
+        trained = time.perf_counter()
+        yield from self.measure(loss, train_adv_acc, trained - began - probing, probing)
+
+    def check_losses(self, losses):
+        """Mean of the epoch's losses so far; refuses to go on once one of them is not finite."""
+        totals = torch.stack(losses).double()
+        sum_over_processes([totals])
+        totals = (totals / world()[1]).cpu()
+        bad = (~totals.isfinite()).nonzero()
+        if len(bad):
+            step = int(bad[0])
+            raise RunError(
+                f"the loss became {totals[step].item()} at step {step + 1} of epoch {self.epoch + 1};"
+                " the last good checkpoint is kept; try a lower lr, a lower beta, or precision fp32"
+            )
+        return totals.mean().item()
+
+    def measure(self, loss, train_adv_acc, seconds, probing):
+        """Measures all three splits, asks the monitor, keeps the best; yields alarms and the row."""
+        began, config = time.perf_counter(), self.config
+        val, test = self.probe("val", config.probe_size), self.probe("test", config.probe_size)
+        train = self.probe("train", config.probe_size // 2)
+        alarms = list(self.react(val, f"epoch {self.epoch}", train_adv_acc))
+        verdict = alarms[0]["verdict"] if alarms else self.verdict_now
+        if not alarms and val["pgd_acc"] > self.best["val_pgd_acc"]:
+            self.best = {"val_pgd_acc": val["pgd_acc"], "epoch": self.epoch, **self.snapshot()}
+        row = {
+            "epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], "train_loss": loss,
+            "train_adv_acc": train_adv_acc, **{k: v for k, v in test.items() if k in HISTORY},
+            "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
+            "val_delta_energy": val["delta_energy_pgd"],
+            "train_delta_energy": train["delta_energy_pgd"], "verdict": verdict, "seconds": seconds,
+            "probe_seconds": probing + time.perf_counter() - began,
+        }  # fmt: skip
+        row = {k: row[k] for k in HISTORY}
+        self.history.append(row)
+        self.finished = self.finished or self.epoch == config.epochs
+        yield from alarms
+        yield {"kind": "epoch", **row}
+
+    def react(self, found, when, train_adv_acc=None):
+        """Asks the monitor; on its FIRST alarm does what config.on_overfit says. Yields that alarm.
+
+        found: see evaluate. train_adv_acc: given at the end of an epoch only; RO needs whole epochs.
+        """
+        if self.config.method == "none":  # no robustness to lose
+            return
+        reason, self.verdict_now = self.monitor.catastrophic(found, when), "CO"
+        if not reason and train_adv_acc is not None:
+            reason, self.verdict_now = self.monitor.robust(found, train_adv_acc, self.epoch), "RO"
+        if not reason:
+            self.verdict_now = "healthy"
+            return
+        if any(alarm["verdict"] == self.verdict_now for alarm in self.alarms):
+            return
+        action = self.config.on_overfit
+        if action == "der" and self.config.der:
+            action = "continue"  # DER is on already: nothing left to switch on
+        if action in ("rollback", "der"):
+            self.load_snapshot(self.best)
+        if action == "der":
+            self.config.der = True
+            self.monitor = OverfittingMonitor()
+        self.finished = action in ("stop", "rollback")
+        alarm = {"kind": "alarm", "verdict": self.verdict_now, "epoch": self.epoch, "when": when}
+        alarm |= {"reason": reason, "action": action, "back_to_epoch": self.best["epoch"]}
+        self.alarms.append(alarm)
+        yield alarm
+
+    def run(self, folder=None, on_progress=None):
+        """Trains to the end; see `train` for what it yields."""
+        folder = folder if world()[0] == 0 else None  # only one process writes
+        if folder is not None and self.epoch == 0:
+            self.save(folder)
+        while not self.finished:
+            for record in self.run_epoch(on_progress):
+                if record["kind"] == "epoch" and folder is not None:
+                    self.save(folder)
+                yield record
+        if folder is not None:
+            self.save(folder)  # a stop within an epoch ends without an epoch's record
+        self.model.load_state_dict(self.judged().state_dict())
+
+    def verdict(self):
+        """What to say of the whole run: ("healthy", "CO" or "RO", and a sentence why)."""
+        if self.config.method == "none":
+            return "healthy", "Not trained adversarially: there is no robustness to lose."
+        for alarm in self.alarms:
+            if alarm["action"] != "der":
+                return alarm["verdict"], alarm["reason"]
+        last = self.history[-1]
+        rescue = f" after DER was switched on: {self.alarms[0]['reason']}" if self.alarms else ""
+        return last["verdict"], (
+            f"Healthy{rescue}: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
+            f" (best {self.best['val_pgd_acc']:.1%}), FGSM accuracy {last['val_fgsm_acc']:.1%},"
+            f" delta energy under PGD {last['val_delta_energy']:+.2f}"
+        )
+
+
+def train(config, data, model=None, *, folder=None, resume=None, on_progress=None):
+    """Trains a model by config.method; a generator that yields plain records as it goes.
+
+    Args:
+        config: Config, best made by `recipe`.
+        data: Data (see load_data).
+        model: trained in place; default build_model(config, data). It ends with the last weights
+            (the averaged ones where config.ema is on).
+        folder: an existing folder for last.pt and best.pt, written after every epoch; None saves
+            nothing.
+        resume: what load_checkpoint read from a last.pt; goes on where that run stopped.
+        on_progress: called as (epoch, step, steps per epoch) after every step.
+    Yields: {"kind": "alarm", verdict, epoch, when, reason, action, back_to_epoch} when overfitting
+        strikes, and {"kind": "epoch", ...} with the columns of HISTORY after every epoch.
+    Raises: BadInput for settings that do not fit the data; RunError when the loss diverges or a
+        checkpoint cannot be written. The last good checkpoint stays.
+    """
+    model = build_model(config, data) if model is None else model
+    yield from Trainer(config, data, model, resume).run(folder, on_progress)

@@ -1,0 +1,306 @@
+"""The loop: schedules, resume, reactions to overfitting, diverging losses, several processes."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import ebm_at
+
+TINY = dict(width=4, batch_size=20, epochs=3, probe_size=20, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def data():
+    """200 training images of `shapes`; validation and test cut down to 60."""
+    found = ebm_at.load_data("shapes", limit=200)
+    for split in ("val", "test"):
+        setattr(found, f"x_{split}", getattr(found, f"x_{split}")[:60])
+        setattr(found, f"y_{split}", getattr(found, f"y_{split}")[:60])
+    return found
+
+
+def rows(records):
+    """History rows without the two columns that are measured in seconds."""
+    timed = ("seconds", "probe_seconds")
+    return [{k: v for k, v in r.items() if k not in timed} for r in records if r["kind"] == "epoch"]
+
+
+def same(a, b):
+    """Equality that also holds for nan."""
+    return repr(a) == repr(b)
+
+
+def test_schedules_at_their_corners():
+    config = ebm_at.Config(lr=0.2)
+    at = lambda kind, t: ebm_at.lr_at(dataclasses.replace(config, schedule=kind), t)  # noqa: E731
+    assert at("triangular", 0) == 0
+    assert at("triangular", 0.2) == pytest.approx(0.1)
+    assert at("triangular", 0.4) == pytest.approx(0.2)
+    assert at("triangular", 0.7) == pytest.approx(0.1)
+    assert [at("piecewise", t) for t in (0.49, 0.5, 0.75)] == pytest.approx([0.2, 0.02, 0.002])
+    assert at("cosine", 0) == pytest.approx(0.2) and at("cosine", 0.5) == pytest.approx(0.1)
+    assert at("constant", 0.9) == 0.2
+
+
+def test_eps_warms_up_linearly_and_stays():
+    config = ebm_at.Config(eps=0.08, eps_warmup=2.0)
+    assert [ebm_at.eps_at(config, t) for t in (0, 1, 2, 5)] == pytest.approx([0, 0.04, 0.08, 0.08])
+    assert ebm_at.eps_at(dataclasses.replace(config, eps_warmup=0.0), 0) == 0.08
+
+
+@pytest.mark.parametrize("method", list(ebm_at.METHODS))
+def test_training_lowers_its_own_loss(data, method):
+    """On one fixed batch every method's loss falls clearly within 15 steps."""
+    config = ebm_at.recipe(method=method, eps=4 / 255, attack_steps=2, **TINY)
+    trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+    trainer.model.train()
+    batch = torch.arange(20)
+    losses = [trainer.step(batch, torch.Generator().manual_seed(0), 0.1)[0].item() for _ in range(15)]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_step_is_sgd_on_the_written_loss(data):
+    """One FGSM + DER step against plain autograd and the SGD formula, written out here."""
+    config = ebm_at.recipe(der=True, beta=0.7, eps=8 / 255, eps_warmup=0.0, **TINY)
+    model = ebm_at.build_model(config, data)
+    plain = copy.deepcopy(model).train()
+    trainer = ebm_at.Trainer(config, data, model)
+    trainer.model.train()
+    batch, at = torch.arange(20), 0.25
+    loss, _ = trainer.step(batch, torch.Generator().manual_seed(0), at)
+
+    x, y = data.x_train[:20].float() / 255, data.y_train[:20]
+    probe = x.clone().requires_grad_(True)
+    plain.eval()  # the default attack sees the running statistics
+    torch.nn.functional.cross_entropy(plain(probe), y).backward()
+    plain.train().zero_grad()
+    x_adv = (x + 8 / 255 * probe.grad.sign()).clamp(0, 1)
+    clean, adv = plain(x), plain(x_adv)
+    expected = torch.nn.functional.cross_entropy(adv, y)
+    expected = expected + 0.7 * (clean.logsumexp(1) - adv.logsumexp(1)).abs().mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    lr = ebm_at.lr_at(config, at)
+    for mine, theirs in zip(model.parameters(), plain.parameters()):
+        want = theirs.detach() - lr * (theirs.grad + config.weight_decay * theirs.detach())
+        torch.testing.assert_close(mine.detach(), want, rtol=1e-4, atol=1e-6)
+
+
+EXTRAS = [
+    {},
+    dict(method="pgd", attack_steps=2, ema=0.9, augment="crop-flip"),
+    dict(method="rs-fgsm", der=True, awp=0.01, schedule="piecewise"),
+    dict(method="n-fgsm", grad_align=0.2, norm="l2", eps=0.5),
+]
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("stop_after", [0, 1, 2])
+def test_resume_equals_uninterrupted(data, tmp_path, extra, stop_after):
+    """Bit for bit: history and weights, wherever the run was cut."""
+    config = ebm_at.recipe(**TINY | extra)
+    whole = ebm_at.build_model(config, data)
+    wanted = rows(ebm_at.train(config, data, whole))
+
+    run, got = ebm_at.train(config, data, folder=tmp_path), []
+    for record in run if stop_after else ():
+        got.append(record)
+        if record["kind"] == "epoch" and record["epoch"] == stop_after:
+            break
+    if not stop_after:
+        ebm_at.Trainer(config, data, ebm_at.build_model(config, data)).save(tmp_path)
+    run.close()
+    again = ebm_at.build_model(dataclasses.replace(config, seed=99), data)  # its weights must not matter
+    checkpoint = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    got = got + list(ebm_at.train(config, data, again, folder=tmp_path, resume=checkpoint))
+    assert same(rows(got), wanted)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_seed_decides_everything(data):
+    runs = [rows(ebm_at.train(ebm_at.recipe(seed=s, **TINY), data)) for s in (0, 0, 1)]
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+def test_best_is_chosen_on_validation_and_saved(data, tmp_path):
+    config = ebm_at.recipe(**TINY | dict(epochs=5))
+    history = rows(ebm_at.train(config, data, folder=tmp_path))
+    model, checkpoint = ebm_at.load_model(tmp_path / "best.pt")
+    best = max(history, key=lambda r: r["val_pgd_acc"])  # max takes the first of equals, as we do
+    assert checkpoint["epoch"] == best["epoch"]
+    x, y = data.x_val[:20], data.y_val[:20]
+    found = ebm_at.evaluate(model, x, y, config.eps)
+    assert found["pgd_acc"] == pytest.approx(best["val_pgd_acc"])
+
+
+# ------------------------------------------------------------------------ the monitor and reactions
+
+
+def found(fgsm, pgd, delta=0.0):
+    return {"fgsm_acc": fgsm, "pgd_acc": pgd, "delta_energy_pgd": delta}
+
+
+def test_monitor_calls_collapse_catastrophic_and_names_the_numbers():
+    monitor = ebm_at.OverfittingMonitor()
+    assert not monitor.catastrophic(found(0.28, 0.20), "epoch 4")
+    reason = monitor.catastrophic(found(0.65, 0.02, 3.1), "epoch 5")
+    for part in ("epoch 5", "2.0%", "20.0%", "65.0%", "+3.10"):
+        assert part in reason
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [(0.06, 0.05), (0.17, 0.12), (0.22, 0.17)],  # the first epochs of a healthy run
+        [(0.25, 0.19), (0.28, 0.20), (0.45, 0.22)],  # FGSM runs ahead, PGD holds
+        [(0.25, 0.20), (0.12, 0.09), (0.24, 0.19)],  # a bad epoch for both
+        [(0.10, 0.10), (0.10, 0.0), (0.09, 0.0)],  # an untrained model that answers one class
+    ],
+)
+def test_monitor_keeps_quiet_on_healthy_runs(history):
+    monitor = ebm_at.OverfittingMonitor()
+    assert not any(monitor.catastrophic(found(*pair), "epoch") for pair in history)
+
+
+def test_monitor_robust_overfitting_needs_decay_and_rising_training_accuracy():
+    def verdict(pgd, train):
+        monitor = ebm_at.OverfittingMonitor()
+        return [monitor.robust(found(0.5, p, 0.2), t, i + 1) for i, (p, t) in enumerate(zip(pgd, train))][-1]
+
+    decaying, rising = [0.3, 0.3, 0.3, 0.2, 0.2, 0.2], [0.3, 0.35, 0.4, 0.6, 0.8, 0.9]
+    reason = verdict(decaying, rising)
+    assert "30.0%" in reason and "20.0%" in reason and "around epoch 3" in reason
+    assert not verdict(decaying, [0.3] * 6)
+    assert not verdict([0.3] * 6, rising)
+    assert not verdict([0.3, 0.3, 0.3, 0.3, 0.1, 0.3], rising)  # one noisy epoch is forgiven
+
+
+class Collapsing(ebm_at.Trainer):
+    """A trainer whose validation measurements collapse at `strike`, until DER is on."""
+
+    strike = 2
+
+    def probe(self, split, size):
+        measured = super().probe(split, size)
+        if split == "val":
+            now = self.epoch + (0.5 if self.config.probe_every < self.steps else 0)
+            bad = now >= self.strike and not self.config.der
+            measured |= found(0.6, 0.0, 3.0) if bad else found(0.3, 0.2 + 0.001 * self.epoch)
+        return measured
+
+
+@pytest.mark.parametrize(
+    "reaction, epochs, back, der", [("continue", 4, 1, False), ("stop", 2, 1, False),
+                                    ("rollback", 2, 1, False), ("der", 4, 1, True)],
+)  # fmt: skip
+def test_reactions(data, tmp_path, reaction, epochs, back, der):
+    config = ebm_at.recipe(on_overfit=reaction, **TINY | dict(epochs=4))
+    trainer = Collapsing(config, data, ebm_at.build_model(config, data))
+    states, records = {}, []
+    for record in trainer.run(tmp_path):
+        records.append(record)
+        if record["kind"] == "epoch":
+            states[record["epoch"]] = copy.deepcopy(trainer.model.state_dict())
+    alarms = [r for r in records if r["kind"] == "alarm"]
+    assert len(alarms) == 1, "only the first alarm of a kind is told"
+    assert (alarms[0]["verdict"], alarms[0]["epoch"], alarms[0]["action"]) == ("CO", 2, reaction)
+    assert alarms[0]["back_to_epoch"] == back
+    assert len(trainer.history) == epochs and trainer.config.der is der
+    kept = all(torch.equal(states[2][k], states[1][k]) for k in states[1])
+    assert kept == (reaction in ("rollback", "der")), "the best state comes back, only when asked to"
+    assert trainer.verdict()[0] == ("healthy" if reaction == "der" else "CO")
+    assert ebm_at.load_checkpoint(tmp_path / "last.pt")["training"]["finished"]
+    assert not config.der, "the caller's config is not changed"
+
+
+def test_alarm_inside_an_epoch_stops_there(data, tmp_path):
+    config = ebm_at.recipe(on_overfit="stop", probe_every=3, **TINY)
+    trainer = Collapsing(config, data, ebm_at.build_model(config, data))
+    records = list(trainer.run(tmp_path))
+    assert records[-1]["kind"] == "alarm" and records[-1]["when"] == "epoch 3, step 3"
+    assert len(trainer.history) == 2
+
+
+def test_rescue_survives_a_resume(data, tmp_path):
+    """DER switched on by the alarm stays on after a restart, and the numbers stay the same."""
+    config = ebm_at.recipe(on_overfit="der", **TINY | dict(epochs=4))
+    wanted = rows(Collapsing(config, data, ebm_at.build_model(config, data)).run())
+    got = []
+    for record in Collapsing(config, data, ebm_at.build_model(config, data)).run(tmp_path):
+        got.append(record)
+        if record["kind"] == "epoch" and record["epoch"] == 3:
+            break
+    saved = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    got += list(Collapsing(config, data, ebm_at.build_model(config, data), saved).run(tmp_path))
+    assert same(rows(got), wanted)
+
+
+# -------------------------------------------------------------------------------- things that go wrong
+
+
+def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(data, tmp_path):
+    config = ebm_at.recipe(**TINY)
+    trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+    step = trainer.step
+
+    def broken(batch, generator, at):
+        loss, right = step(batch, generator, at)
+        return (loss * math.nan if at >= (1 + 4 / 10) / 3 - 1e-9 else loss), right
+
+    trainer.step = broken
+    with pytest.raises(ebm_at.RunError, match="nan at step 5 of epoch 2"):
+        list(trainer.run(tmp_path))
+    checkpoint = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    assert checkpoint["epoch"] == 1
+    assert all(t.isfinite().all() for t in checkpoint["model"].values())
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(method="fsgm"), "did you mean 'fgsm'"),
+        (dict(model="preactresnet"), "did you mean 'preactresnet18'"),
+        (dict(eps=8.0), "8/255"),
+        (dict(eps=-1.0), "above 0"),
+        (dict(eps=math.nan), "above 0"),
+        (dict(epochs=0), "epochs must be at least 1"),
+        (dict(epochs=-3), "epochs must be at least 1"),
+        (dict(lr=0.0), "lr must be positive"),
+        (dict(lr=math.nan), "lr must be positive"),
+        (dict(beta=-1.0), "beta must not be negative"),
+        (dict(der_power=3), "der_power"),
+        (dict(schedule="cosin"), "did you mean 'cosine'"),
+        (dict(on_overfit="panic"), "unknown on_overfit"),
+        (dict(method="none", der=True), "'none' makes no adversarial images"),
+        (dict(momentum=1.0), "momentum"),
+    ],
+)
+def test_recipe_refuses(settings, words):
+    with pytest.raises(ebm_at.BadInput, match=words):
+        ebm_at.recipe(**settings)
+
+
+def test_trainer_refuses_a_batch_larger_than_the_data(data):
+    config = ebm_at.recipe(**TINY | dict(batch_size=201))
+    with pytest.raises(ebm_at.BadInput, match="batch_size 201 exceeds the 200"):
+        ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+
+
+def test_absent_device_is_a_run_error():
+    with pytest.raises(ebm_at.RunError, match="cuda:7"):
+        ebm_at.pick_device("cuda:7")
+
+
+def test_recipes_follow_their_sources():
+    fast, rice = ebm_at.recipe("cifar10", "rs-fgsm"), ebm_at.recipe("cifar10", "pgd")
+    assert (fast.epochs, fast.lr, fast.schedule) == (30, 0.2, "triangular")
+    assert (rice.epochs, rice.lr, rice.schedule) == (200, 0.1, "piecewise")
+    mart = ebm_at.recipe("cifar10", "mart")
+    assert (mart.lr, mart.weight_decay, mart.method_beta) == (0.01, 3.5e-3, 5.0)
+    assert ebm_at.recipe("cifar10", "fgsm", grad_align=0.2).lr == 0.3
+    assert ebm_at.recipe("mnist").augment == "crop", "a mirrored digit is another sign"
+    assert fast.eps == pytest.approx(8 / 255)

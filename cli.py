@@ -1,6 +1,6 @@
 """The command line of ebm_at: options, progress, tables, run folders. The science is in ebm_at.py.
 
-    python cli.py train --help
+python cli.py train --help
 """
 
 import csv
@@ -33,7 +33,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 @app.callback()
 def about():
-    """Adversarial training seen through energies: train robust classifiers, watch overfitting strike."""
+    """Adversarial training through energies: train robust classifiers, watch them overfit."""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -62,7 +62,9 @@ def fields_as_options(command):
             show_default=str(default) if f.type is not bool else False,
         )
         kind = Annotated[Optional[str if f.name == "eps" else f.type], option]
-        own.append(inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind))
+        own.append(
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
+        )
     command.__signature__ = signature.replace(parameters=own)
     command.__annotations__ = {p.name: p.annotation for p in own}
     return command
@@ -96,13 +98,17 @@ def make_run_folder(config, out):
     try:
         if folder is None:
             taken = [p.name.rpartition("-")[2] for p in Path("runs").glob(f"{name}-*")]
-            folder = Path("runs", f"{name}-{1 + max([int(n) for n in taken if n.isdigit()], default=0)}")
+            folder = Path(
+                "runs", f"{name}-{1 + max([int(n) for n in taken if n.isdigit()], default=0)}"
+            )
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"'{folder}' exists: nothing was touched; name a new folder with --out")
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror}); name another with --out") from error
+        raise RunError(
+            f"cannot write to '{folder}' ({error.strerror}); name another with --out"
+        ) from error
     return folder
 
 
@@ -116,11 +122,15 @@ def write_atomically(path, text):
 def write_history(folder, rows):
     """history.csv, one row per epoch, rewritten whole so that it is never half a row."""
     lines = [",".join(ebm_at.HISTORY)]
-    lines += [",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in r.values()) for r in rows]
+    lines += [
+        ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in r.values()) for r in rows
+    ]
     try:
         write_atomically(folder / "history.csv", "\n".join(lines) + "\n")
     except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror}); last.pt holds what was done") from error
+        raise RunError(
+            f"cannot write to '{folder}' ({error.strerror}); last.pt holds what was done"
+        ) from error
 
 
 def draw_curves(folder, rows):
@@ -169,7 +179,17 @@ def sparkline(values, low, high):
 class Display:
     """Progress of a run: a live table and bar in a terminal, one plain line per epoch elsewhere."""
 
-    COLUMNS = ("epoch", "loss", "clean", "FGSM", "PGD-10", "dE FGSM", "dE PGD", "verdict", "seconds")
+    COLUMNS = (
+        "epoch",
+        "loss",
+        "clean",
+        "FGSM",
+        "PGD-10",
+        "dE FGSM",
+        "dE PGD",
+        "verdict",
+        "seconds",
+    )
 
     def __init__(self, config, rows, quiet):
         self.config, self.rows, self.quiet, self.began = config, rows, quiet, time.monotonic()
@@ -177,8 +197,9 @@ class Display:
         self.live = None
         if self.console.is_terminal and not quiet:
             self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+                TextColumn("{task.description}"), BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("left"),
+                TimeRemainingColumn(), console=self.console,
             )  # fmt: skip
             self.task = self.bar.add_task("starting", total=config.epochs, completed=len(rows))
             self.live = Live(self.picture(), console=self.console, refresh_per_second=4)
@@ -211,7 +232,9 @@ class Display:
             done = len(self.rows)
             left = (time.monotonic() - self.began) / done * (self.config.epochs - done)
             cells = zip(self.COLUMNS[1:], self.cells(row)[1:])
-            line = f"epoch {row['epoch']:>3}/{self.config.epochs}  " + "  ".join(f"{n} {v}" for n, v in cells)
+            line = f"epoch {row['epoch']:>3}/{self.config.epochs}  " + "  ".join(
+                f"{n} {v}" for n, v in cells
+            )
             print(f"{line}  (about {left:.0f} s left)", flush=True)
 
     @staticmethod
@@ -253,7 +276,8 @@ def train(
         Optional[str], typer.Option(help="a ready-made setting: ro (robust overfitting in minutes)")
     ] = None,
     out: Annotated[
-        Optional[str], typer.Option(help="the run's folder; default runs/<dataset>-<method>[-der]-<n>")
+        Optional[str],
+        typer.Option(help="the run's folder; default runs/<dataset>-<method>[-der]-<n>"),
     ] = None,
     resume: Annotated[
         Optional[str], typer.Option(help="a run folder: go on where it stopped, with its settings")
@@ -264,14 +288,16 @@ def train(
     """Train a classifier, robustly or not, and say in words whether it overfitted.
 
     Without options: FGSM training on the embedded data set [bold]shapes[/], the demonstration of
-    catastrophic overfitting. Add [bold]--der[/] and it stays away. The defaults shown are those of the
-    demonstration; other data sets and methods have their own (see recipe in ebm_at.py).
+    catastrophic overfitting. Add [bold]--der[/] and it stays away. The defaults shown are those of
+    the demonstration; other data sets and methods have their own (see recipe in ebm_at.py).
     """
     checkpoint, folder = None, None
     if resume:
         given = [k for k, v in settings.items() if v is not None and k != "device"]
         if given or preset or out:
-            raise BadInput("--resume takes every setting from the run; give nothing with it but --device")
+            raise BadInput(
+                "--resume takes every setting from the run; give nothing with it but --device"
+            )
         checkpoint, folder = open_run(resume)
         config = Config(**checkpoint["config"])
         config.device = settings["device"] or config.device
@@ -287,8 +313,9 @@ def train(
         folder = make_run_folder(config, out)
     display = Display(config, list(trainer.history), quiet or not leader)
     display.say(
-        f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training images,"
-        f" eps {config.eps * 255:g}/255 ({config.norm}), {config.model}, {config.epochs} epochs,"
+        f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
+        f" images, eps {config.eps * 255:g}/255 ({config.norm}), {config.model},"
+        f" {config.epochs} epochs,"
         f" {device} {str(trainer.dtype).removeprefix('torch.')}, seed {config.seed}"
     )
     run(trainer, folder if leader else None, display)
@@ -302,7 +329,9 @@ def open_run(resume):
     if not folder.is_dir():
         raise RunError(f"no run folder '{resume}'")
     if (folder / "result.json").exists():
-        raise RunError(f"'{resume}' is finished: see result.json there; start a new run to train longer")
+        raise RunError(
+            f"'{resume}' is finished: see result.json there; start a new run to train longer"
+        )
     checkpoint = ebm_at.load_checkpoint(folder / "last.pt")
     if "training" not in checkpoint:
         raise RunError(f"'{folder / 'last.pt'}' holds a model only, not the state of a run")
@@ -322,14 +351,16 @@ def run(trainer, folder, display):
                     write_history(folder, display.rows)
     except KeyboardInterrupt:
         if folder:
-            where = f"epochs 1 to {trainer.saved_epoch} are" if trainer.saved_epoch else "the start is"
+            where = (
+                f"epochs 1 to {trainer.saved_epoch} are" if trainer.saved_epoch else "the start is"
+            )
             print(f"\nstopped: {where} saved in {folder / 'last.pt'}", file=sys.stderr)
             print(f"go on with: python cli.py train --resume {folder}", file=sys.stderr)
         raise typer.Exit(130) from None
 
 
 def measure(trainer, folder, n):
-    """Test measurements, in fp32, of the last and of the best model. Returns: (last, best) dicts."""
+    """Test measurements, in fp32, of the last and of the best model: two dicts."""
     data, config = trainer.data, trainer.config
     x, y = data.x_test[:n], data.y_test[:n]
     measured = []
@@ -366,17 +397,21 @@ def report(trainer, folder, device, display, quiet):
         draw_curves(folder, display.rows)
     except OSError as error:
         raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
-    table = Table(box=rich.box.SIMPLE_HEAD, title=f"test accuracy, {n} images, eps {config.eps * 255:g}/255")
+    table = Table(
+        box=rich.box.SIMPLE_HEAD, title=f"test accuracy, {n} images, eps {config.eps * 255:g}/255"
+    )
     for name in ("model", "epoch", "clean", "FGSM", "PGD-10", "E(x)", "dE(x) PGD"):
         table.add_column(name, justify="right")
     for name, found in (("last", last), ("best", best)):
         table.add_row(
             name, str(found["epoch"]), f"{found['clean_acc']:.1%}", f"{found['fgsm_acc']:.1%}",
-            f"{found['pgd_acc']:.1%}", f"{found['energy']:+.2f}", f"{found['delta_energy_pgd']:+.2f}",
+            f"{found['pgd_acc']:.1%}", f"{found['energy']:+.2f}",
+            f"{found['delta_energy_pgd']:+.2f}",
         )  # fmt: skip
     console = Console(highlight=False)
     console.print(table)
-    words = f"{reason}.\n\nTrained {train_seconds:.0f} s, measured {probe_seconds:.0f} s. Saved in {folder}:"
+    words = f"{reason}.\n\nTrained {train_seconds:.0f} s, measured {probe_seconds:.0f} s."
+    words += f" Saved in {folder}:"
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
     words += f" {files}\nNext: {next_command(config, verdict)}"
     colour = "green" if verdict == "healthy" else "red"
@@ -398,7 +433,11 @@ def next_command(config, verdict):
         rest = {"shapes": "", "fgsm": ""}.get(config.dataset, f" --dataset {config.dataset}")
         method = "" if config.method == "fgsm" else f" --method {config.method}"
         return f"python cli.py train{rest}{method} --der"
-    return "python cli.py train --method pgd" if verdict == "healthy" else "the same with a larger --beta"
+    return (
+        "python cli.py train --method pgd"
+        if verdict == "healthy"
+        else "the same with a larger --beta"
+    )
 
 
 # --------------------------------------------------------------------------------------------------

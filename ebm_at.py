@@ -1,28 +1,29 @@
 """Adversarial training seen through energies: the whole idea in one file, to be read from the top.
 
-A classifier with logits f(x) is also an energy-based model. Write E(x, y) = -f(x)[y] for the energy
-of an image together with a label and E(x) = -log sum_k exp f(x)[k] for that of the image alone: low
-energy means "the model finds this likely". The loss everybody trains with is a difference of the two,
+A classifier with logits f(x) is also an energy-based model. Write E(x, y) = -f(x)[y] for the
+energy of an image together with a label and E(x) = -log sum_k exp f(x)[k] for that of the image
+alone: low energy means "the model finds this likely". The loss everybody trains with is a
+difference of the two,
 
     cross-entropy(x, y) = E(x, y) - E(x),
 
-so an attack that raises the loss must raise E(x, y), lower E(x), or both. How much it moves E(x) is
-the DELTA ENERGY, dE(x) = E(x) - E(x*), where x* is the adversarial twin of x. In healthy adversarial
-training dE stays near zero. It shoots up when single-step training collapses (catastrophic
-overfitting, CO) and creeps up when multi-step training overfits (robust overfitting, RO). The Delta
-Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both back.
+so an attack that raises the loss must raise E(x, y), lower E(x), or both. How much it moves E(x)
+is the DELTA ENERGY, dE(x) = E(x) - E(x*), where x* is the adversarial twin of x. In healthy
+adversarial training dE stays near zero. It shoots up when single-step training collapses
+(catastrophic overfitting, CO) and creeps up when multi-step training overfits (robust overfitting,
+RO). The Delta Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both back.
 
 Notation (N images, C channels, K classes)
 
     symbol     in the code       shape         meaning
-    x          x                 (N, C, H, W)  images, float in [0, 1]; normalisation is in the model
+    x          x                 (N, C, H, W)  images, float in [0, 1]; the model normalises
     y          y                 (N,)          labels, int64 in [0, K)
-    x*         x_adv             (N, C, H, W)  adversarial twin of x: at most eps away, still in [0, 1]
+    x*         x_adv             (N, C, H, W)  adversarial twin of x, at most eps away
     f(x)       logits            (N, K)        what the network puts out, before any softmax
     p(y|x)     softmax(logits)   (N, K)        class probabilities
     E(x, y)    energy_xy         (N,)          joint energy
     E(x)       energy_x          (N,)          marginal energy
-    dE(x)      delta_energy      (N,)          E(x) - E(x*): positive when the attack LOWERED the energy
+    dE(x)      delta_energy      (N,)          E(x) - E(x*); > 0: the attack LOWERED E
     eps        eps               float         size of the attack's ball, in units of [0, 1] pixels
 
 Three commands
@@ -48,6 +49,7 @@ import math
 import os
 import pickle
 import time
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +60,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_autograd
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim import swa_utils
 
 
 class BadInput(ValueError):
@@ -84,8 +87,8 @@ def check_choice(kind, value, choices):
 # ==================================================================================================
 
 
-def _option(default, note, panel):
-    """A field of Config: its default, the note that explains it (also its --help), its --help group."""
+def _opt(default, panel, note):
+    """A field of Config: its default, its group in --help, and its note, shown there too."""
     return field(default=default, metadata={"note": note, "panel": panel})
 
 
@@ -93,45 +96,47 @@ def _option(default, note, panel):
 class Config:
     """Every setting of a training run, with the default of the demonstration (shapes, FGSM).
 
-    `recipe` gives the defaults that suit another data set or method. All values are plain Python, so
-    that a checkpoint can store them and be read without running any code.
+    `recipe` gives the defaults that suit another data set or method. All values are plain Python,
+    so that a checkpoint can store them and be read without running any code.
     """
 
     # fmt: off
-    dataset: str = _option("shapes", "shapes, cifar10, cifar100, svhn, mnist, fashion-mnist, a .npz, or a folder", "Data")
-    data_dir: str = _option("data", "where the torchvision data sets lie or are downloaded to", "Data")
-    limit: int = _option(0, "train on that many images, the same share of each class; 0 = all", "Data")
-    val_fraction: float = _option(0.1, "share of the training images held out; 'best' is chosen there", "Data")
-    augment: str = _option("none", "none, crop (pad 4), or crop-flip, on the fly", "Data")
-    model: str = _option("small", "small, preactresnet18, wrn-28-10, or wrn-34-10", "Model")
-    width: int = _option(16, "channels of the first stage of the small model", "Model")
-    method: str = _option("fgsm", "none, fgsm, rs-fgsm, n-fgsm, pgd, trades, mart, weat-nat, weat-adv", "Method")
-    eps: float = _option(20 / 255, "radius of the attack's ball; write 8/255", "Method")
-    eps_warmup: float = _option(3.0, "epochs over which eps grows linearly from 0", "Method")
-    norm: str = _option("linf", "linf or l2: how the ball is measured", "Method")
-    attack_steps: int = _option(10, "steps of the training attack, multi-step methods only", "Method")
-    attack_bn: str = _option("eval", "BatchNorm statistics inside the training attack: eval (running) or train (of the batch)", "Method")
-    method_beta: float = _option(6.0, "weight of the KL term of trades, mart and weat", "Method")
-    der: bool = _option(False, "add the Delta Energy Regularizer", "Regularizers")
-    beta: float = _option(2.0, "weight of DER; grow it with eps and with the number of epochs", "Regularizers")
-    der_power: int = _option(1, "1: mean |dE|; 2: mean dE^2", "Regularizers")
-    grad_align: float = _option(0.0, "weight of GradAlign (Andriushchenko & Flammarion 2020); 0 = off", "Regularizers")
-    awp: float = _option(0.0, "gamma of adversarial weight perturbation (Wu et al. 2020); 0 = off", "Regularizers")
-    epochs: int = _option(14, "passes over the training images", "Optimisation")
-    batch_size: int = _option(128, "images per step, over all processes", "Optimisation")
-    lr: float = _option(0.2, "highest learning rate of SGD", "Optimisation")
-    schedule: str = _option("triangular", "triangular, piecewise (x.1 at 50% and 75%), cosine, or constant", "Optimisation")
-    momentum: float = _option(0.9, "momentum of SGD", "Optimisation")
-    weight_decay: float = _option(5e-4, "L2 penalty of SGD, on every parameter", "Optimisation")
-    ema: float = _option(0.0, "decay of an average of the weights, which is then what is judged; 0 = off", "Optimisation")
-    on_overfit: str = _option("continue", "when the alarm rings: continue, stop, rollback, or der", "Overfitting")
-    probe_size: int = _option(400, "images of each split measured every epoch", "Overfitting")
-    probe_every: int = _option(200, "steps between the cheap checks inside an epoch", "Overfitting")
-    test_size: int = _option(0, "test images that judge the final and the best model; 0 = all", "Overfitting")
-    seed: int = _option(0, "weights, order, augmentation and noise follow from it", "Machine")
-    device: str = _option("auto", "auto, cpu, cuda, cuda:1, mps", "Machine")
-    precision: str = _option("auto", "auto (bf16 where the hardware has it), bf16, or fp32", "Machine")
-    compile: bool = _option(False, "run the network through torch.compile", "Machine")
+    dataset: str = _opt("shapes", "Data", "shapes, cifar10, cifar100, svhn, mnist, fashion-mnist,"
+                        " FILE.npz, or a FOLDER with train/ and test/")
+    data_dir: str = _opt("data", "Data", "where torchvision's data sets lie or are downloaded to")
+    limit: int = _opt(0, "Data", "train on that many images, stratified; 0 = all")
+    val_fraction: float = _opt(0.1, "Data", "share of train held out, to choose 'best' on")
+    augment: str = _opt("none", "Data", "none, crop (pad 4), or crop-flip, on the fly")
+    model: str = _opt("small", "Model", "small, preactresnet18, wrn-28-10, or wrn-34-10")
+    width: int = _opt(16, "Model", "channels of the first stage of the small model")
+    method: str = _opt("fgsm", "Method", "none, fgsm, rs-fgsm, n-fgsm, pgd, trades, mart, weat-nat,"
+                       " weat-adv")
+    eps: float = _opt(20 / 255, "Method", "radius of the attack's ball; write 8/255")
+    eps_warmup: float = _opt(3.0, "Method", "epochs over which eps grows linearly from 0")
+    norm: str = _opt("linf", "Method", "linf or l2: how the ball is measured")
+    attack_steps: int = _opt(10, "Method", "steps of the training attack (multi-step methods)")
+    attack_bn: str = _opt("eval", "Method", "BatchNorm inside the training attack: eval or train")
+    method_beta: float = _opt(6.0, "Method", "weight of the KL term of trades, mart and weat")
+    der: bool = _opt(False, "Regularizers", "add the Delta Energy Regularizer")
+    beta: float = _opt(8.0, "Regularizers", "weight of DER; must grow with eps and with the epochs")
+    der_power: int = _opt(1, "Regularizers", "1: mean |dE|; 2: mean dE^2")
+    grad_align: float = _opt(0.0, "Regularizers", "weight of GradAlign; 0 = off")
+    awp: float = _opt(0.0, "Regularizers", "gamma of adversarial weight perturbation; 0 = off")
+    epochs: int = _opt(14, "Optimisation", "passes over the training images")
+    batch_size: int = _opt(64, "Optimisation", "images per step, over all processes")
+    lr: float = _opt(0.2, "Optimisation", "highest learning rate of SGD")
+    schedule: str = _opt("triangular", "Optimisation", "triangular, piecewise, cosine, or constant")
+    momentum: float = _opt(0.9, "Optimisation", "momentum of SGD")
+    weight_decay: float = _opt(5e-4, "Optimisation", "L2 penalty of SGD, on every parameter")
+    ema: float = _opt(0.0, "Optimisation", "decay of averaged weights, then judged; 0 = off")
+    on_overfit: str = _opt("continue", "Overfitting", "at an alarm: continue, stop, rollback, der")
+    probe_size: int = _opt(400, "Overfitting", "images of each split measured every epoch")
+    probe_every: int = _opt(200, "Overfitting", "steps between the cheap checks inside an epoch")
+    test_size: int = _opt(0, "Overfitting", "test images that judge last and best; 0 = all")
+    seed: int = _opt(0, "Machine", "weights, order, augmentation and noise follow from it")
+    device: str = _opt("auto", "Machine", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = _opt("auto", "Machine", "auto (bf16 where the hardware has it), bf16, or fp32")
+    compile: bool = _opt(False, "Machine", "run the network through torch.compile")
     # fmt: on
 
 
@@ -170,13 +175,13 @@ def pick_precision(name, device):
 
 
 def autocast(device, dtype):
-    """A context in which convolutions and matrix products run in `dtype` (float32: changes nothing)."""
+    """A context in which convolutions and matrix products run in `dtype`."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-# Several processes (torchrun) share one global batch: every process draws the SAME order, crops and
-# noise from the same seed and then keeps its own rows, share(t) = t[rank::world]. So N processes see
-# exactly what one would, and nothing but the order of floating-point sums differs.
+# Several processes (torchrun) share one global batch: every process draws the SAME order, crops
+# and noise from the same seed and then keeps its own rows, share(t) = t[rank::world]. So N
+# processes see exactly what one would, and nothing but the order of floating-point sums differs.
 
 
 def start_processes(device="auto"):
@@ -200,7 +205,7 @@ def share(t):
 
 
 def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes, in place; one message for the whole list."""
+    """Replaces each tensor by its sum over all processes, in place, in one message."""
     if dist.is_initialized():
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
@@ -215,7 +220,7 @@ def sum_over_processes(tensors):
 
 @dataclass
 class Data:
-    """Three splits as uint8 images (N, C, H, W) and int64 labels (N,), with the names of the classes."""
+    """Three splits, uint8 images (N, C, H, W) and int64 labels (N,), and the class names."""
 
     x_train: torch.Tensor
     y_train: torch.Tensor
@@ -227,7 +232,7 @@ class Data:
     name: str
 
     def to(self, device):
-        """The same data on `device`. Images lie channels-last there, as the convolutions want them."""
+        """The same data on `device`, images channels-last, as the convolutions want them."""
         moved = dataclasses.replace(self)
         for key in ("x_train", "x_val", "x_test"):
             x = getattr(self, key).to(device)
@@ -237,55 +242,45 @@ class Data:
         return moved
 
 
-SHAPES = ["disc", "ring", "square", "triangle", "plus", "star", "crescent", "bars", "frame", "H"]
+def _box(u, v, a, b):  # signed distance to an axis-aligned box of half-sides a and b
+    return torch.maximum(u.abs() - a, v.abs() - b)
 
 
-def _shape_distance(name, u, v):
-    """Signed distance from points (u, v) to the outline of a shape about one unit in radius.
-
-    Negative inside, positive outside. Shapes are built from a few primitives by min (union), max
-    (intersection) and |d| - w (a band of half-width w along an outline).
-    """
+def _star(u, v):  # folded into one tenth: the line from a tip at radius 1.1 to a notch at .45
+    turn = 2 * math.pi / 5
+    angle = torch.remainder(torch.atan2(u, -v) + turn / 2, turn) - turn / 2
+    du, dv = 0.45 * math.cos(turn / 2) - 1.1, 0.45 * math.sin(turn / 2)
     r = torch.hypot(u, v)
-    square = torch.maximum(u.abs(), v.abs())  # the distance of the unit square, plus 1
+    return (dv * (r * angle.cos() - 1.1) - du * r * angle.sin().abs()) / math.hypot(du, dv)
 
-    def box(a, b):  # an axis-aligned box of half-sides a and b
-        return torch.maximum(u.abs() - a, v.abs() - b)
 
-    if name == "disc":
-        return r - 0.9
-    if name == "ring":
-        return (r - 0.75).abs() - 0.22
-    if name == "square":
-        return square - 0.8
-    if name == "triangle":  # three half-planes at 120 degrees
-        return torch.maximum(u.abs() * 0.866 - v * 0.5, v) - 0.55
-    if name == "plus":
-        return torch.minimum(box(1.0, 0.3), box(0.3, 1.0))
-    if name == "star":  # fold the plane into one tenth, then the line from tip to notch
-        turn = 2 * math.pi / 5
-        angle = torch.remainder(torch.atan2(u, -v) + turn / 2, turn) - turn / 2
-        tip, notch = 1.1, 0.45
-        a, b = r * angle.cos() - tip, r * angle.sin().abs()
-        da, db = notch * math.cos(turn / 2) - tip, notch * math.sin(turn / 2)
-        return (b * -da + a * db) / math.hypot(da, db)
-    if name == "crescent":
-        return torch.maximum(r - 1.0, 0.8 - torch.hypot(u - 0.45, v))
-    if name == "bars":
-        return torch.maximum((u.abs() - 0.6).abs() - 0.25, v.abs() - 0.9)
-    if name == "frame":
-        return (square - 0.7).abs() - 0.18
-    posts = torch.maximum((u.abs() - 0.65).abs() - 0.2, v.abs() - 0.9)
-    return torch.minimum(posts, box(0.65, 0.2))  # "H"
+# Signed distance from points (u, v) to the outline: negative inside, positive outside. Shapes are
+# about one unit in radius, made by min (union), max (intersection) and |d| - w (a band of
+# half-width w).
+SHAPES = {
+    "disc": lambda u, v: torch.hypot(u, v) - 0.9,
+    "ring": lambda u, v: (torch.hypot(u, v) - 0.75).abs() - 0.22,
+    "square": lambda u, v: _box(u, v, 0.8, 0.8),
+    "triangle": lambda u, v: torch.maximum(u.abs() * 0.866 - v * 0.5, v) - 0.55,
+    "plus": lambda u, v: torch.minimum(_box(u, v, 1.0, 0.3), _box(u, v, 0.3, 1.0)),
+    "star": _star,
+    "crescent": lambda u, v: torch.maximum(torch.hypot(u, v) - 1, 0.8 - torch.hypot(u - 0.45, v)),
+    "bars": lambda u, v: _box(u.abs() - 0.6, v, 0.25, 0.9),
+    "frame": lambda u, v: _box(u, v, 0.7, 0.7).abs() - 0.18,
+    "H": lambda u, v: torch.minimum(_box(u.abs() - 0.65, v, 0.2, 0.9), _box(u, v, 0.65, 0.2)),
+}
+
+
+SHAPES_TRAIN = 5500  # of which 10% become validation
 
 
 def make_shapes(n, seed):
-    """Draws the teaching set: `n` 32x32 colour images of ten shapes, the same ones for the same seed.
+    """Draws the teaching set: `n` 32x32 colour images of ten shapes, reproducible by seed.
 
-    Each image is a soft-edged shape over a smooth background, and a faint grating whose direction and
-    period depend on the class. The grating (amplitude .065, below eps = 20/255 = .078) predicts
-    the class perfectly and an attack can erase or forge it: the non-robust feature that makes
-    single-step training collapse here within minutes, as it does on CIFAR-10 within hours.
+    Each image is a soft-edged shape over a smooth background, and a faint grating whose direction
+    and period depend on the class. The grating (amplitude .075, just below eps = 20/255 = .078)
+    predicts the class perfectly and an attack can erase or forge it: the non-robust feature that
+    makes single-step training collapse here within minutes, as it does on CIFAR-10 within hours.
 
     Args: n, number of images; seed, int.
     Returns: images uint8 (n, 3, 32, 32); labels int64 (n,), as many of each class as n allows.
@@ -302,7 +297,7 @@ def make_shapes(n, seed):
     room = 0.5 * (1 - size)  # how far the centre may move and leave the shape inside the picture
     cx, cy = uniform(-1, 1, 1, 1) * room, uniform(-1, 1, 1, 1) * room
     hue = (labels / 10 + uniform(-0.25, 0.25)) % 1.0  # follows the class only loosely
-    saturation, value = uniform(0.4, 1.0), uniform(0.3, 0.9)
+    saturation, value = uniform(0.4, 1.0), uniform(0.35, 0.95)
     ground, direction = uniform(0, 0.6, 2, 3), uniform(0, 2 * math.pi, 1, 1)
     clouds = torch.from_numpy(rng.normal(0, 0.06, (n, 3, 6, 6)))
     phase = uniform(0, 2 * math.pi, 1, 1)
@@ -312,9 +307,9 @@ def make_shapes(n, seed):
     u = ((gx - cx) * turn.cos() + (gy - cy) * turn.sin()) / size  # into the shape's own frame
     v = ((gy - cy) * turn.cos() - (gx - cx) * turn.sin()) / size
     inside = torch.empty_like(u)  # (n, 32, 32): 1 inside, 0 outside, soft over about one pixel
-    for k, name in enumerate(SHAPES):
+    for k, distance_to in enumerate(SHAPES.values()):
         of_class = labels == k
-        distance = _shape_distance(name, u[of_class], v[of_class])
+        distance = distance_to(u[of_class], v[of_class])
         inside[of_class] = (0.5 - distance * size[of_class] * 16).clamp(0, 1)
 
     # hue, saturation, value -> red, green, blue
@@ -329,8 +324,8 @@ def make_shapes(n, seed):
     tilt = ((labels % 5) * math.pi / 5)[:, None, None]
     periods = torch.where(labels < 5, 5.0, 9.0)[:, None, None]
     wave = gx * tilt.cos() + gy * tilt.sin()
-    picture += 0.065 * (math.pi * periods * wave + phase).sin().unsqueeze(1)
-    return (picture.clamp(0, 1) * 255).round().to(torch.uint8), labels
+    picture += 0.075 * (math.pi * periods * wave + phase).sin().unsqueeze(1)
+    return picture.clamp_(0, 1).mul_(255).round_().to(torch.uint8), labels
 
 
 def import_torchvision():
@@ -355,13 +350,12 @@ def import_torchvision():
     return torchvision
 
 
-# name: (what to put into the data directory when the download does not work)
-TORCHVISION_SETS = {
+TORCHVISION_SETS = {  # name: what to put into the data directory where the download does not work
     "cifar10": "cifar-10-python.tar.gz (or the unpacked folder cifar-10-batches-py)",
     "cifar100": "cifar-100-python.tar.gz (or the unpacked folder cifar-100-python)",
     "svhn": "train_32x32.mat and test_32x32.mat",
-    "mnist": "MNIST/raw/train-images-idx3-ubyte.gz and the three files that go with it",
-    "fashion-mnist": "FashionMNIST/raw/train-images-idx3-ubyte.gz and the three files that go with it",
+    "mnist": "the four files *-ubyte.gz of MNIST, in MNIST/raw/,",
+    "fashion-mnist": "the four files *-ubyte.gz of Fashion-MNIST, in FashionMNIST/raw/,",
 }
 DATASETS = ["shapes", *TORCHVISION_SETS]
 
@@ -369,7 +363,8 @@ DATASETS = ["shapes", *TORCHVISION_SETS]
 def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0):
     """Loads a data set and splits it into train, validation and test.
 
-    The validation split is held out of the training images (stratified, seeded) unless the data bring
+    The validation split is held out of the training images (stratified, seeded) unless the data
+    bring
     one: the best epoch is chosen there, never on test.
 
     Args:
@@ -385,54 +380,68 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
     """
     if not 0 < val_fraction < 1:
         raise BadInput(f"val_fraction must be between 0 and 1, not {val_fraction}")
+    name = str(name)
     if name == "shapes":
-        splits = {"train": make_shapes(6000, seed), "test": make_shapes(2000, seed + 1_000_003)}
+        splits = {
+            "train": make_shapes(SHAPES_TRAIN, seed),
+            "test": make_shapes(2000, seed + 1_000_003),
+        }
         classes = list(SHAPES)
     elif name in TORCHVISION_SETS:
         splits, classes = _load_torchvision(name, data_dir)
-    elif str(name).endswith(".npz"):
+    elif name.endswith(".npz"):
         splits, classes = _load_npz(name)
     elif os.path.isdir(name):
         splits, classes = _load_folder(name)
-    elif os.sep in str(name):
+    elif os.sep in name:
         raise RunError(f"no data at '{name}': give an .npz file or a folder with train/ and test/")
     else:
         check_choice("data set", name, DATASETS)
+    _check_splits(splits, len(classes), name)
     if "val" not in splits:
         x, y = splits["train"]
-        chosen = _stratified(y, round(len(y) * val_fraction), seed)
-        rest = torch.ones(len(y), dtype=torch.bool)
-        rest[chosen] = False
-        splits["train"], splits["val"] = (x[rest], y[rest]), (x[chosen], y[chosen])
+        held_out = torch.zeros(len(y), dtype=torch.bool)
+        held_out[_stratified(y, round(len(y) * val_fraction), seed)] = True
+        splits["train"], splits["val"] = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
     if limit:
         x, y = splits["train"]
         if not len(classes) <= limit <= len(y):
-            raise BadInput(f"limit {limit} must be between {len(classes)} (the classes) and {len(y)}")
+            raise BadInput(
+                f"limit {limit} must be between {len(classes)} (the classes) and {len(y)}"
+            )
         chosen = _stratified(y, limit, seed)
         splits["train"] = x[chosen], y[chosen]
-    return Data(*splits["train"], *splits["val"], *splits["test"], classes, str(name))
+    return Data(*splits["train"], *splits["val"], *splits["test"], classes, name)
 
 
 def _stratified(y, count, seed):
     """`count` indices into labels y (N,), each class by its share, in a seeded random order."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
-    # Sorted by class, every (N / count)-th image is a stratified sample.
     by_class = order[torch.argsort(y[order], stable=True)]
-    chosen = by_class[(torch.arange(count) * len(y)) // max(count, 1)]
+    chosen = by_class[torch.arange(count) * len(y) // max(count, 1)]  # every (N / count)-th of them
     return chosen[torch.from_numpy(np.random.default_rng(seed + 1).permutation(count))]
 
 
+def _check_splits(splits, num_classes, name):
+    """Refuses splits that do not fit together in image size or labels."""
+    for split, (x, y) in splits.items():
+        if len(x) == 0 or x.shape[1:] != splits["train"][0].shape[1:]:
+            raise BadInput(f"'{name}': {split} has no images, or images of another size than train")
+        if y.min() < 0 or y.max() >= num_classes:
+            raise BadInput(f"'{name}': the labels of {split} must lie in 0..{num_classes - 1}")
+
+
 def _to_nchw(images, where):
-    """uint8 images (N, H, W) or (N, H, W, C) of NumPy -> uint8 tensor (N, C, H, W), square, C 1 or 3."""
+    """NumPy uint8 (N, H, W) or (N, H, W, C) -> tensor (N, C, H, W), square, C 1 or 3."""
     images = np.asarray(images)
-    if images.ndim == 3:
-        images = images[..., None]
+    images = images[..., None] if images.ndim == 3 else images
     if images.dtype != np.uint8:
         raise BadInput(f"{where}: images must be uint8 in 0..255, not {images.dtype}")
-    if images.ndim != 4 or images.shape[1] != images.shape[2] or images.shape[3] not in (1, 3):
-        raise BadInput(f"{where}: images must be (N, S, S) or (N, S, S, 1 or 3), not {images.shape}")
-    if len(images) == 0 or images.shape[1] < 8:
-        raise BadInput(f"{where}: needs at least one image of 8x8 pixels, not {images.shape}")
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] >= 8
+    if not square or images.shape[3] not in (1, 3):
+        raise BadInput(
+            f"{where}: images must be (N, S, S) or (N, S, S, 1 or 3), not {images.shape}"
+        )
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
@@ -441,36 +450,28 @@ def _load_npz(path):
     if not os.path.isfile(path):
         raise RunError(f"no file '{path}'")
     try:  # allow_pickle=False: a pickle inside an .npz would run its author's code
-        archive = np.load(path, allow_pickle=False)
-        keys = [k for k in archive.files if k.split("_")[0] in ("train", "val", "test")]
-        arrays = {k: archive[k] for k in keys}
-    except (OSError, ValueError, EOFError, zlib.error, AttributeError) as error:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive)
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, TypeError) as error:
         raise RunError(f"'{path}' cannot be read as an .npz of plain arrays: {error}") from error
     splits = {}
     for split in ("train", "val", "test"):
         x, y = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
+        if split == "val" and x is None and y is None:
+            continue
         if x is None or y is None:
-            if split == "val" and x is None and y is None:
-                continue
-            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; it has: {', '.join(keys)}")
+            has = ", ".join(arrays)
+            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; it has: {has}")
         x = _to_nchw(x, f"'{path}' {split}_images")
         if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "iu":
-            raise BadInput(
-                f"'{path}' {split}_labels must be {len(x)} integers, (N,) or (N, 1),"
-                f" not {y.dtype} {y.shape}"
-            )
+            wanted = f"must be {len(x)} integers, (N,) or (N, 1)"
+            raise BadInput(f"'{path}' {split}_labels {wanted}, not {y.dtype} {y.shape}")
         splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
-    count = int(splits["train"][1].max()) + 1
-    for split, (x, y) in splits.items():
-        if y.min() < 0 or y.max() >= count:
-            raise BadInput(f"'{path}' {split}_labels must lie in 0..{count - 1}, the training labels")
-        if x.shape[1:] != splits["train"][0].shape[1:]:
-            raise BadInput(f"'{path}' {split}_images differ in size from train_images")
-    return splits, [str(k) for k in range(count)]
+    return splits, [str(k) for k in range(1 + max(splits["train"][1].tolist(), default=-1))]
 
 
 def _load_folder(path):
-    """Splits and class names from a folder with train/<class>/* and test/<class>/* (ImageFolder)."""
+    """Splits and class names from a folder with train/<class>/ and test/<class>/."""
     from PIL import Image  # torchvision's own requirement
 
     def read(file):  # grey files stay grey (one channel), everything else becomes RGB
@@ -479,32 +480,28 @@ def _load_folder(path):
 
     splits, classes = {}, None
     for split in ("train", "val", "test"):
-        if not os.path.isdir(os.path.join(path, split)):
-            if split == "val":
-                continue
+        folder = os.path.join(path, split)
+        if split == "val" and not os.path.isdir(folder):
+            continue
+        if not os.path.isdir(folder):
             raise RunError(f"folder '{path}' has no {split}/ with one folder of images per class")
         try:
-            found = import_torchvision().datasets.ImageFolder(os.path.join(path, split), loader=read)
+            found = import_torchvision().datasets.ImageFolder(folder, loader=read)
             images = [image for image, _ in found]
         except OSError as error:  # an empty class folder, a damaged picture
-            raise RunError(f"folder '{path}/{split}' cannot be read: {error}") from error
+            raise RunError(f"folder '{folder}' cannot be read: {error}") from error
         if classes not in (None, found.classes):
             raise BadInput(f"folder '{path}': {split}/ has other classes than train/")
         if len({image.shape for image in images}) > 1:
-            raise BadInput(f"folder '{path}/{split}': all images must have one size and one mode")
+            raise BadInput(f"folder '{folder}': all images must have one size and one mode")
         classes = found.classes
-        splits[split] = _to_nchw(np.stack(images), path), torch.tensor(found.targets)
-    if len({x.shape[1:] for x, _ in splits.values()}) > 1:
-        raise BadInput(f"folder '{path}': train/ and test/ differ in image size or mode")
+        splits[split] = _to_nchw(np.stack(images), folder), torch.tensor(found.targets)
     return splits, classes
 
 
 def _load_torchvision(name, data_dir):
     """Splits and class names of one of torchvision's sets, downloaded when missing."""
-    torchvision = import_torchvision()
-    sets = torchvision.datasets
-    kind = {"cifar10": sets.CIFAR10, "cifar100": sets.CIFAR100, "mnist": sets.MNIST}
-    kind["fashion-mnist"] = sets.FashionMNIST
+    sets = import_torchvision().datasets
     splits, classes = {}, [str(k) for k in range(10)]
     try:
         for split in ("train", "test"):
@@ -512,16 +509,17 @@ def _load_torchvision(name, data_dir):
                 url, file, md5 = sets.SVHN.split_list[split]
                 sets.utils.download_url(url, data_dir, file, md5)
                 mat = _read_mat(os.path.join(data_dir, file))
-                images, targets = mat["X"].transpose(3, 0, 1, 2), mat["y"].reshape(-1) % 10
+                images, y = mat["X"].transpose(3, 0, 1, 2), mat["y"].reshape(-1) % 10  # 10 means 0
             else:
-                found = kind[name](data_dir, train=split == "train", download=True)
-                images, targets, classes = found.data, found.targets, list(found.classes)
-            y = torch.as_tensor(np.asarray(targets)).long()
-            splits[split] = _to_nchw(np.asarray(images), name), y
+                kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
+                kind = getattr(sets, kind.get(name, "FashionMNIST"))
+                found = kind(data_dir, train=split == "train", download=True)
+                images, y, classes = found.data, found.targets, list(found.classes)
+            splits[split] = _to_nchw(images, name), torch.as_tensor(np.asarray(y)).long()
     except (OSError, RuntimeError, KeyError, EOFError, zlib.error, pickle.UnpicklingError) as error:
         raise RunError(
-            f"{name} could not be downloaded or read ({error}). Put {TORCHVISION_SETS[name]}"
-            f" into '{data_dir}', or name another folder with --data-dir"
+            f"{name} could not be downloaded or read ({error}). Put {TORCHVISION_SETS[name]} into"
+            f" '{data_dir}', or name another folder with --data-dir"
         ) from error
     return splits, classes
 
@@ -529,9 +527,10 @@ def _load_torchvision(name, data_dir):
 def _read_mat(path):
     """The numeric arrays of a MATLAB 5 file (the format of SVHN) as {name: array}.
 
-    The file is a 128-byte header and a row of elements: (type, size) as two uint32, then the bytes,
-    padded to 8. Type 15 is a zlib-compressed element; type 14 a matrix, itself a row of elements:
-    flags, dimensions, name, values. A small element packs size, type and data into 8 bytes.
+    A 128-byte header, then elements: (type, size) as two uint32 and the bytes, padded to 8. Type
+    15 is a zlib-compressed element; type 14 a matrix, itself a row of elements: flags, dimensions,
+    name, values. A small element packs size (upper half of the first word), type and data into 8
+    bytes.
     """
     kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
 
@@ -539,12 +538,10 @@ def _read_mat(path):
         at = 0
         while at + 8 <= len(blob):
             tag, size = np.frombuffer(blob, "<u4", 2, at).tolist()
-            if tag >> 16:  # small element
-                yield tag & 0xFFFF, blob[at + 4 : at + 4 + (tag >> 16)]
-                at += 8
-            else:
-                yield tag, blob[at + 8 : at + 8 + size]
-                at += 8 + size + (-size % 8 if tag != 15 else 0)
+            small = tag >> 16
+            begin, length = (at + 4, small) if small else (at + 8, size)
+            yield tag & 0xFFFF, blob[begin : begin + length]
+            at += 8 if small else 8 + size + (-size % 8 if tag != 15 else 0)
 
     arrays = {}
     for tag, body in elements(Path(path).read_bytes()[128:]):
@@ -565,15 +562,16 @@ def augment(x, how, generator=None):
     """
     if how == "none":
         return x
-    n, _, height, width = x.shape
+    n, c, height, width = x.shape
     random = torch.rand(3, n, generator=generator, device=x.device)
-    padded = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1)  # (N, H + 8, W + 8, C)
+    pixels = F.pad(x, (4, 4, 4, 4)).permute(0, 2, 3, 1).reshape(-1, c)  # one row per pixel
     rows = (random[0] * 9).long()[:, None] + torch.arange(height, device=x.device)  # (N, H)
     cols = (random[1] * 9).long()[:, None] + torch.arange(width, device=x.device)  # (N, W)
     if how == "crop-flip":
         cols = torch.where(random[2][:, None] < 0.5, cols.flip(1), cols)
-    image = torch.arange(n, device=x.device)[:, None, None]
-    return padded[image, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+    rows = rows + torch.arange(n, device=x.device)[:, None] * (height + 8)
+    chosen = rows[:, :, None] * (width + 8) + cols[:, None, :]  # (N, H, W) row numbers in `pixels`
+    return pixels.index_select(0, chosen.flatten()).view(n, height, width, c).permute(0, 3, 1, 2)
 
 
 # ==================================================================================================
@@ -624,10 +622,11 @@ class PreActBlock(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """Images in [0, 1] in, logits out: (N, C, H, W) -> (N, K). The normalisation is the first layer.
+    """Images in [0, 1] in, logits out: (N, C, H, W) -> (N, K). Normalises them itself.
 
-    Keeping mean and std INSIDE the model means that eps is measured in pixels everywhere and that no
-    attack can forget to normalise. Source: He et al. 2016; Zagoruyko & Komodakis 2016 for the wide ones.
+    Keeping mean and std INSIDE the model means that eps is measured in pixels everywhere and that
+    no attack can forget to normalise. Source: He et al. 2016; Zagoruyko & Komodakis 2016 for the
+    wide ones.
     """
 
     def __init__(self, widths, depths, stem, stem_stride, num_classes, in_channels, mean, std):
@@ -679,7 +678,7 @@ def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None,
 
 
 def energy_xy(logits, y):
-    """(E1) Joint energy E(x, y) = -f(x)[y]. logits (N, K), y int64 (N,) -> (N,). Lower is likelier."""
+    """(E1) Joint energy E(x, y) = -f(x)[y]. logits (N, K), y (N,) -> (N,). Lower: likelier."""
     return -logits.float().gather(1, y[:, None]).squeeze(1)
 
 
@@ -799,7 +798,7 @@ def input_gradient(model, x, y, loss="ce", targeted=False, reference=None):
 
 
 def per_image_norm(d):
-    """l_2 norm of each image, shaped to broadcast: (N, C, H, W) -> (N, 1, 1, 1), never exactly 0."""
+    """l_2 norm of each image, never quite 0: (N, C, H, W) -> (N, 1, 1, 1)."""
     return d.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
 
 
@@ -838,7 +837,8 @@ def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None
         x, y: images float (N, C, H, W) in [0, 1]; labels int64 (N,).
         eps: radius of the ball, in pixel units; 0 returns x.
         norm, loss, targeted: "linf" or "l2"; one of ATTACK_LOSSES; y is the label to reach.
-        start: where the gradient is taken, if not at x. The kl loss needs one: at x its gradient is 0.
+        start: where the gradient is taken, if not at x. The kl loss needs one: at x its gradient
+        is 0.
         step: length of the step, default eps.
         inside_ball: False leaves x* outside the ball where start + step led there.
         batchnorm: "eval", or "train" for the batch's own statistics (see attack_mode).
@@ -858,7 +858,7 @@ def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None
 
 
 def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
-    """(E7) FGSM from a random start: x0 = x + U(-eps, eps), one step of 1.25 eps, back into the ball.
+    """(E7) FGSM from x + U(-eps, eps), with one step of 1.25 eps, back into the ball.
 
     Arguments as for fgsm; `generator` draws the start. Source: Wong et al. 2020.
     """
@@ -879,8 +879,9 @@ def n_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **optio
 
 
 def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss="ce", targeted=False,
-        random_start=True, start=None, batchnorm="eval", generator=None, validate=True):  # fmt: skip
-    """(E9) Projected gradient descent: `steps` times x* <- project(x* + step_size * ascent direction).
+        random_start=True, start=None, batchnorm="eval", generator=None,
+        validate=True):  # fmt: skip
+    """(E9) Projected gradient descent: `steps` times x* <- project(x* + step_size * direction).
 
     Args:
         steps, step_size: how many, how long; default length eps / 4 (2/255 at 8/255, Rice et al.).
@@ -917,9 +918,9 @@ def der(logits, logits_adv, power=1):
     landscape is flattened between x and x*, it is not only x* that is pulled towards x.
 
     Why it helps. A model under catastrophic overfitting carves narrow energy wells around the one
-    point where single-step training looks; a few PGD steps fall into them, and dE shoots up. |dE| is
-    large exactly there. Why |dE| and not dE^2: the square hardly pushes while dE is small, and by the
-    time it is large the collapse has happened (measured: README, "DER").
+    point where single-step training looks; a few PGD steps fall into them, and dE shoots up. |dE|
+    is large exactly there. Why |dE| and not dE^2: the square hardly pushes while dE is small, and
+    by the time it is large the collapse has happened (measured: README, "DER").
 
     Args: logits, logits_adv (N, K); power 1 or 2.
     Source: our reading of Mirza et al. 2025 (see the top of this file).
@@ -982,7 +983,7 @@ def weat_adv_loss(logits, logits_adv, y, beta=6.0):
 
 @dataclass(frozen=True)
 class Method:
-    """A way of training: where the attack starts, what it climbs in how many steps, and the loss."""
+    """A way of training: where the attack starts, what it climbs, and the loss."""
 
     start: str  # none: no attack; zero: at x; ball: U(-eps, eps); wide: U(-2 eps, 2 eps); gauss
     loss: object  # (logits, logits_adv, y, beta) -> scalar
@@ -1062,10 +1063,12 @@ def adversarial_weights(model, objective, gamma):
     with torch.no_grad():
         for w, g in zip(weights, gradients):
             w += gamma * w.norm() * g / (g.norm() + 1e-12)
-    yield
-    with torch.no_grad():
-        for w, kept in zip(weights, before):
-            w.copy_(kept)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, kept in zip(weights, before):
+                w.copy_(kept)
 
 
 # ==================================================================================================
@@ -1107,26 +1110,26 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
 class OverfittingMonitor:
     """Says in words whether training is healthy, from measurements on the VALIDATION split.
 
-    Catastrophic overfitting (CO): PGD accuracy collapses while single-step accuracy holds. dE under
-    PGD usually shoots up with it and is quoted; it is not required, because DER holds dE down even
-    in a run that collapses. Robust overfitting (RO): PGD accuracy decays from its best while accuracy
-    on the attacked training images keeps rising.
+    Catastrophic overfitting (CO): PGD accuracy collapses while single-step accuracy holds. dE
+    under PGD usually shoots up with it and is quoted; it is not required, because DER holds dE
+    down even in a run that collapses. Robust overfitting (RO): PGD accuracy decays from its best
+    while accuracy on the attacked training images keeps rising.
     """
 
-    # fmt: off
-    co_gap: float = 0.12        # FGSM accuracy must exceed PGD accuracy by that much ...
-    co_ratio: float = 0.35      # ... PGD must keep less than this share of FGSM's (healthy runs: .6 and more) ...
-    co_fall: float = 0.60       # ... and have fallen below this share of its own best
-    ro_drop: float = 0.03       # PGD accuracy must lie that far below its best (means over ro_window epochs) ...
-    ro_rise: float = 0.05       # ... while training accuracy has risen by that much since
-    ro_window: int = 3          # one epoch's accuracy on a few hundred images is too noisy to judge by
-    best: float = 0.0           # best PGD accuracy so far, of one measurement
-    recent: list = field(default_factory=list)   # (PGD accuracy, training accuracy) of the last epochs
-    peak: list = field(default_factory=list)     # [smoothed PGD accuracy, training accuracy then, epoch]
-    # fmt: on
+    co_gap: float = 0.12  # CO: FGSM accuracy exceeds PGD accuracy by that much ...
+    co_ratio: float = (
+        0.35  # ... PGD keeps less than this share of FGSM's (healthy: .5 and more) ...
+    )
+    co_fall: float = 0.60  # ... and has fallen below this share of its own best
+    ro_drop: float = 0.03  # RO: PGD accuracy lies that far below its best ...
+    ro_rise: float = 0.05  # ... while training accuracy has risen by that much since
+    ro_window: int = 3  # both as means over that many epochs: one epoch is too noisy to judge by
+    best: float = 0.0  # best PGD accuracy so far, of one measurement
+    recent: list = field(default_factory=list)  # (PGD, training accuracy) of the last epochs
+    peak: list = field(default_factory=list)  # best mean PGD accuracy, training accuracy, epoch
 
     def catastrophic(self, found, when):
-        """A reason why `found` (see evaluate) shows CO, or "". when: "epoch 5", for the sentence."""
+        """A sentence why `found` (see evaluate) shows CO, or "". when: such as "epoch 5"."""
         fgsm_acc, pgd_acc = found["fgsm_acc"], found["pgd_acc"]
         self.best = max(self.best, pgd_acc)
         struck = (
@@ -1136,8 +1139,8 @@ class OverfittingMonitor:
         )
         return struck * (
             f"Catastrophic overfitting struck at {when}: PGD accuracy fell to {pgd_acc:.1%}"
-            f" (best {self.best:.1%}, alarm below {self.co_ratio:.0%} of FGSM's) while FGSM accuracy"
-            f" is {fgsm_acc:.1%}; delta energy under PGD is {found['delta_energy_pgd']:+.2f}"
+            f" (best {self.best:.1%}, alarm below {self.co_ratio:.0%} of FGSM's) while FGSM"
+            f" accuracy is {fgsm_acc:.1%}; delta energy under PGD {found['delta_energy_pgd']:+.2f}"
         )
 
     def robust(self, found, train_adv_acc, epoch):
@@ -1151,9 +1154,9 @@ class OverfittingMonitor:
         best, train_then, when = self.peak
         struck = best - pgd_acc >= self.ro_drop and train_acc - train_then >= self.ro_rise
         return struck * (
-            f"Robust overfitting by epoch {epoch}: PGD accuracy on held-out images fell from {best:.1%}"
-            f" (around epoch {when}) to {pgd_acc:.1%}, more than {100 * self.ro_drop:.0f} points, while on"
-            f" attacked training images it rose from {train_then:.1%} to {train_acc:.1%};"
+            f"Robust overfitting by epoch {epoch}: PGD accuracy on held-out images fell from"
+            f" {best:.1%} (around epoch {when}) to {pgd_acc:.1%} (alarm at {self.ro_drop:.0%} less)"
+            f" while on attacked training images it rose from {train_then:.1%} to {train_acc:.1%};"
             f" delta energy under PGD is {found['delta_energy_pgd']:+.2f}"
         )
 
@@ -1164,10 +1167,11 @@ class OverfittingMonitor:
 
 SCHEDULES = ["triangular", "piecewise", "cosine", "constant"]
 PRESETS = {
-    # Few images, many epochs, a learning-rate drop: what robust overfitting needs (Rice et al. 2020).
+    # Few images, many epochs, a learning-rate drop: what robust overfitting needs (Rice et al.
+    # 2020).
     "ro": dict(dataset="shapes", method="pgd", limit=400, width=32, eps=8 / 255, eps_warmup=0.0,
-               attack_steps=3, batch_size=50, lr=0.1, schedule="piecewise", epochs=80, probe_size=600,
-               beta=2.0),
+               attack_steps=3, batch_size=50, lr=0.1, schedule="piecewise", epochs=80,
+               probe_size=600, beta=2.0),
 }  # fmt: skip
 REACTIONS = ["continue", "stop", "rollback", "der"]
 HISTORY = [  # the columns of history.csv, in order; accuracies in [0, 1], energies in nats
@@ -1180,16 +1184,16 @@ HISTORY = [  # the columns of history.csv, in order; accuracies in [0, 1], energ
 def recipe(dataset="shapes", method="fgsm", **given):
     """The Config that suits a data set and a method; `given` settings override it.
 
-    shapes keeps Config's defaults, the demonstration. Elsewhere: single-step methods follow Wong et
-    al. 2020 (30 epochs, triangular to .2), multi-step ones Rice et al. 2020 (200 epochs, .1 piecewise),
-    MART its authors' learning rate and decay, GradAlign lr .3; eps is 8/255.
+    shapes keeps Config's defaults, the demonstration. Elsewhere: single-step methods follow Wong
+    et al. 2020 (30 epochs, triangular to .2), multi-step ones Rice et al. 2020 (200 epochs, .1
+    piecewise), MART its authors' learning rate and decay, GradAlign lr .3; eps is 8/255.
     Raises: BadInput.
     """
     check_choice("method", method, METHODS)
     config = Config(dataset=str(dataset), method=method)
     if dataset != "shapes":
-        config.model, config.eps, config.eps_warmup, config.epochs = "preactresnet18", 8 / 255, 0.0, 30
-        config.probe_size = 1000
+        config.model, config.eps, config.eps_warmup = "preactresnet18", 8 / 255, 0.0
+        config.epochs, config.batch_size, config.probe_size = 30, 128, 1000
         digits = dataset in ("svhn", "mnist", "fashion-mnist")  # a mirrored digit is another sign
         config.augment = "crop" if digits else "crop-flip"
         if METHODS[method].multi_step or method == "none":
@@ -1222,7 +1226,9 @@ def check_config(config):
     for name in ("eps_warmup", "beta", "method_beta", "grad_align", "awp", "weight_decay", "limit",
                  "test_size", "seed"):  # fmt: skip
         if not 0 <= getattr(config, name) < math.inf:
-            raise BadInput(f"{name} must not be negative or infinite, but is {getattr(config, name)}")
+            raise BadInput(
+                f"{name} must not be negative or infinite, but is {getattr(config, name)}"
+            )
     if not 0 < config.lr < math.inf:
         raise BadInput(f"lr must be positive, not {config.lr}")
     if not (0 <= config.momentum < 1 and 0 <= config.ema < 1):
@@ -1231,11 +1237,15 @@ def check_config(config):
         raise BadInput(f"der_power must be 1 or 2, not {config.der_power}")
     if config.norm == "linf" and not 0 < config.eps <= 1:
         hint = f": did you mean {config.eps:g}/255?" if 1 < config.eps < 256 else ", such as 8/255"
-        raise BadInput(f"eps {config.eps:g} must be above 0 and at most 1, in units of [0, 1]{hint}")
+        raise BadInput(
+            f"eps {config.eps:g} must be above 0 and at most 1, in units of [0, 1]{hint}"
+        )
     if not 0 < config.eps < math.inf:
         raise BadInput(f"eps must be positive, not {config.eps:g}")
     if config.method == "none" and (config.der or config.awp or config.on_overfit != "continue"):
-        raise BadInput("method 'none' makes no adversarial images: der, awp and on_overfit need some")
+        raise BadInput(
+            "method 'none' makes no adversarial images: der, awp and on_overfit need some"
+        )
 
 
 def lr_at(config, progress):
@@ -1255,7 +1265,9 @@ def eps_at(config, epochs_done):
     Why: in the first steps the landscape is rough and the full eps carries single-step training
     straight into collapse, with DER too; grown into, it does not (README, "DER").
     """
-    return config.eps * min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else config.eps
+    return (
+        config.eps * min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else config.eps
+    )
 
 
 def training_loss(model, x, y, x_adv, noise, config):
@@ -1287,7 +1299,9 @@ def save_checkpoint(path, checkpoint):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):  # where the disk is full, give back what was taken
             os.remove(partial)
-        raise RunError(f"cannot save '{path}' (disk full or not writable?); an older one is kept") from error
+        raise RunError(
+            f"cannot save '{path}' (disk full or not writable?); an older one is kept"
+        ) from error
 
 
 def load_checkpoint(path):
@@ -1301,14 +1315,16 @@ def load_checkpoint(path):
     except FileNotFoundError as error:
         raise RunError(f"no checkpoint '{path}'") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        raise RunError(f"'{path}' is damaged, or not a checkpoint of plain tensors: not loaded") from error
+        raise RunError(
+            f"'{path}' is damaged, or not a checkpoint of plain tensors: not loaded"
+        ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ebm-at 1":
         raise RunError(f"'{path}' is not a checkpoint of this project (no format 'ebm-at 1')")
     return checkpoint
 
 
 def load_model(path, device="cpu"):
-    """The model of a checkpoint, in eval mode, and the checkpoint itself (config, classes, epoch ...).
+    """The model of a checkpoint, in eval mode, and the checkpoint (config, classes, epoch ...).
 
     Raises: RunError.
     """
@@ -1337,18 +1353,19 @@ class Trainer:
         self.data = data.to(self.device)
         model.to(self.device)
         self.net = torch.compile(model) if config.compile else model  # same weights, faster calls
-        self.steps = len(data.x_train) // config.batch_size  # per epoch; a last partial batch is left out
+        size, n = config.batch_size, len(data.x_train)
+        self.steps = n // size  # per epoch; a last partial batch is left out
         if self.steps < 1:
-            raise BadInput(f"batch_size {config.batch_size} exceeds the {len(data.x_train)} training images")
-        if config.batch_size % world()[1]:
-            raise BadInput(f"batch_size {config.batch_size} is not divisible by {world()[1]} processes")
+            raise BadInput(f"batch_size {size} exceeds the {n} training images")
+        if size % world()[1]:
+            raise BadInput(f"batch_size {size} is not divisible by {world()[1]} processes")
         self.optimizer = torch.optim.SGD(
             model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
         self.ema = None
         if config.ema:
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema)
-            self.ema = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+            average = swa_utils.get_ema_multi_avg_fn(config.ema)
+            self.ema = swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
         self.history, self.alarms, self.saved_epoch = [], [], 0
         self.best = {"val_pgd_acc": -1.0, "epoch": 0, **self.snapshot()}
@@ -1367,6 +1384,7 @@ class Trainer:
         return copy.deepcopy(parts)
 
     def load_snapshot(self, parts):
+        """Puts the tensors of a snapshot back, copied, so that it stays what it was."""
         parts = copy.deepcopy(parts)
         self.model.load_state_dict(parts["model"])
         self.optimizer.load_state_dict(parts["optimizer"])
@@ -1389,9 +1407,9 @@ class Trainer:
             "config": dataclasses.asdict(self.config), "epoch": self.epoch,
             "model": self.judged().state_dict(),
             "training": {
-                "now": self.snapshot(), "best": self.best, "monitor": dataclasses.asdict(self.monitor),
-                "history": self.history, "alarms": self.alarms, "epoch": self.epoch,
-                "finished": self.finished, "der": self.config.der,
+                "now": self.snapshot(), "best": self.best, "history": self.history,
+                "monitor": dataclasses.asdict(self.monitor), "alarms": self.alarms,
+                "epoch": self.epoch, "finished": self.finished, "der": self.config.der,
             },
         }  # fmt: skip
 
@@ -1402,7 +1420,8 @@ class Trainer:
         best = {k: v for k, v in last.items() if k != "training"}
         weights = self.best["model"]
         if self.ema:
-            weights = {k[len("module.") :]: v for k, v in self.best["ema"].items() if k != "n_averaged"}
+            weights = {k.removeprefix("module."): v for k, v in self.best["ema"].items()}
+            del weights["n_averaged"]
         best |= {"epoch": self.best["epoch"], "model": weights}
         save_checkpoint(os.path.join(folder, "best.pt"), best)
         self.saved_epoch = self.epoch
@@ -1457,7 +1476,9 @@ class Trainer:
         """
         config, began, probing = self.config, time.perf_counter(), 0.0
         seed = config.seed * 100_003 + self.epoch
-        order = torch.randperm(len(self.data.x_train), generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(
+            len(self.data.x_train), generator=torch.Generator().manual_seed(seed)
+        )
         order = order.to(self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         losses, correct = [], []
@@ -1470,7 +1491,9 @@ class Trainer:
             correct.append(right)
             if on_progress:
                 on_progress(self.epoch, i + 1, self.steps)
-            if (i + 1) % config.probe_every == 0 and i + 1 < self.steps:  # CO strikes within an epoch
+            if (
+                i + 1
+            ) % config.probe_every == 0 and i + 1 < self.steps:  # CO strikes within an epoch
                 self.check_losses(losses)
                 paused = time.perf_counter()
                 found = self.probe("val", min(200, config.probe_size))
@@ -1495,13 +1518,14 @@ class Trainer:
         if len(bad):
             step = int(bad[0])
             raise RunError(
-                f"the loss became {totals[step].item()} at step {step + 1} of epoch {self.epoch + 1};"
-                " the last good checkpoint is kept; try a lower lr, a lower beta, or precision fp32"
+                f"the loss became {totals[step].item()} at step {step + 1} of epoch"
+                f" {self.epoch + 1}; the last good checkpoint is kept; try a lower lr or beta,"
+                " or precision fp32"
             )
         return totals.mean().item()
 
     def measure(self, loss, train_adv_acc, seconds, probing):
-        """Measures all three splits, asks the monitor, keeps the best; yields alarms and the row."""
+        """Measures all splits, asks the monitor, keeps the best; yields alarms and the row."""
         began, config = time.perf_counter(), self.config
         val, test = self.probe("val", config.probe_size), self.probe("test", config.probe_size)
         train = self.probe("train", config.probe_size // 2)
@@ -1526,7 +1550,8 @@ class Trainer:
     def react(self, found, when, train_adv_acc=None):
         """Asks the monitor; on its FIRST alarm does what config.on_overfit says. Yields that alarm.
 
-        found: see evaluate. train_adv_acc: given at the end of an epoch only; RO needs whole epochs.
+        found: see evaluate. train_adv_acc: given at the end of an epoch only; RO needs whole
+        epochs.
         """
         if self.config.method == "none":  # no robustness to lose
             return

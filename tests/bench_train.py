@@ -1,20 +1,16 @@
 """How long does one step of adversarial training take here, against the usual way of writing it?
 
-What  Two steps on the same network, batch size and attack, timed in turn in one process:
-      plain  as published single-file code does it: fp32, NCHW, PIL images through torchvision's
-             transforms and a DataLoader, an attack by loss.backward() (which computes weight
-             gradients only to throw them away), .item() of loss and accuracy at every step; kept
-             lean: no clean forward pass for the log, no restarts of the attack;
-      ours   ebm_at.Trainer.step.
+What  Two steps on the same network, batch size and attack, timed in turn in one process. Plain: as
+      published single-file code does it, in fp32 and NCHW, PIL images through torchvision and a
+      DataLoader, an attack by loss.backward() (which computes weight gradients only to throw them
+      away), .item() at every step; kept lean: no clean pass for the log. Ours: Trainer.step.
 Why   A claim of speed needs a number that anybody can repeat.
 How   python tests/bench_train.py [--model preactresnet18] [--method pgd] [--precision fp32] ...
       EBM_AT_CIFAR10 (or --data) names an .npz with train_images uint8 (N, 32, 32, 3) and
       train_labels; without it the images are noise, which takes the same time.
-Read  Chunks alternate (plain, ours, plain, ours ...), every pair gives one ratio ours / plain, and
-      a busy machine slows both. Below 1 ours is faster; the MEDIAN counts, min and max show noise.
-      FLOPs are those of convolutions and matrix products; the FLOOR is the time ours would take at
-      the rate of one large matrix product in the same precision. Before anything is timed, both
-      sides take a step in fp32 on the same small batch and must agree on loss and new weights.
+Read  Every pair of chunks (plain, ours) gives one ratio ours / plain; below 1 ours is faster. The
+      MEDIAN counts. On a busy machine set OMP_NUM_THREADS=1: threads waiting for others spin.
+      FLOOR: the time of our FLOPs at the rate of one large matrix product in our precision.
 """
 
 import contextlib
@@ -22,7 +18,6 @@ import platform
 import sys
 import time
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Optional
 
 import numpy as np
@@ -40,6 +35,7 @@ import ebm_at  # noqa: E402
 EPS = 8 / 255
 ATTACK = {"fgsm": (1, EPS), "pgd": (10, EPS / 4)}  # number of steps, length of a step
 SGD = dict(lr=0.1, momentum=0.9, weight_decay=5e-4)
+SAME = dict(eps=EPS, attack_bn="train", schedule="constant")  # so that ours does the same
 
 
 class Images(torch.utils.data.Dataset):
@@ -57,14 +53,11 @@ class Images(torch.utils.data.Dataset):
 
 def plain_batches(images, labels, size, workers):
     """Augmented batches, epoch after epoch without end."""
-    ebm_at.import_torchvision()
-    from torchvision import transforms as T
-
+    T = ebm_at.import_torchvision().transforms
     augment = T.Compose([T.RandomCrop(32, padding=4), T.RandomHorizontalFlip(), T.ToTensor()])
-    options = dict(shuffle=True, drop_last=True, num_workers=workers)
-    loader = torch.utils.data.DataLoader(Images(images, labels, augment), size, **options)
+    data, options = Images(images, labels, augment), dict(num_workers=workers, drop_last=True)
     while True:
-        yield from loader
+        yield from torch.utils.data.DataLoader(data, size, shuffle=True, **options)
 
 
 def plain_step(model, optimizer, x, y, delta, steps, step_size):
@@ -84,10 +77,9 @@ def plain_step(model, optimizer, x, y, delta, steps, step_size):
     return loss.item(), (logits.argmax(1) == y).float().mean().item()
 
 
-def make_sides(images, labels, **settings):
+def make_sides(images, labels, **more):
     """The same fresh network twice: (plain model, its optimizer, our Trainer)."""
-    fixed = dict(eps=EPS, attack_bn="train", schedule="constant", **SGD)
-    config = ebm_at.recipe("cifar10", **fixed, **settings)
+    config = ebm_at.recipe("cifar10", **SAME, **SGD, **more)
     x, y = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(labels)
     data = ebm_at.Data(x, y, x[:10], y[:10], x[:10], y[:10], list("0123456789"), "benchmark")
     model, plain = ebm_at.make_model(config.model), ebm_at.make_model(config.model)
@@ -97,35 +89,34 @@ def make_sides(images, labels, **settings):
     return plain, torch.optim.SGD(plain.parameters(), **SGD), trainer
 
 
-def check_same(images, labels, model, method, n=32):
-    """One step of both, in fp32, on the same images: (gap of the loss, of the weights' update).
+def check_same(images, labels, model, method, n=8):
+    """Both take a step on the same images; asserts the same loss and weights, returns their gaps.
 
-    pgd is cut to 2 steps of attack: after more, rounding has flipped the signs of so many small
-    gradients that fp32 runs part (in float64 all 10 steps agree to 1e-15, measured).
+    The networks run in float64 here, all else in fp32: rounding in fp32 flips the signs of a few
+    small input gradients, which alone moves a deep network's weight gradients by 20%.
     """
-    steps, step_size = min(2, ATTACK[method][0]), ATTACK[method][1]
     settings = dict(model=model, method=method, batch_size=n, augment="none", precision="fp32")
-    plain, optimizer, trainer = make_sides(images[:n], labels[:n], attack_steps=steps, **settings)
-
-    def weights(model):
-        return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-    before, x, y = weights(plain), trainer.data.x_train.float() / 255, trainer.data.y_train
+    plain, optimizer, trainer = make_sides(images[:n], labels[:n], **settings)
+    for net in (plain, trainer.model):
+        net.double().register_forward_pre_hook(lambda _, inputs: (inputs[0].double(),))
+    x, y = trainer.data.x_train.float() / 255, trainer.data.y_train
+    before = [p.detach().clone() for p in plain.parameters()]
     generator = torch.Generator(x.device).manual_seed(1)
     delta = ebm_at.random_noise(x, EPS, generator=generator) if method == "pgd" else 0 * x
-    loss = plain_step(plain, optimizer, x.contiguous(), y, delta, steps, step_size)[0]
+    loss = plain_step(plain, optimizer, x.contiguous(), y, delta, *ATTACK[method])[0]
     generator.manual_seed(1)  # so that ours draws the same noise
     found = trainer.step(torch.arange(n, device=x.device), generator, 0.0)[0].item()
-    assert abs(found - loss) < 1e-3 * loss, f"the losses differ: plain {loss}, ours {found}"
-    theirs, ours = weights(plain), weights(trainer.model)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    return abs(found - loss) / loss, ((ours - theirs).norm() / (theirs - before).norm()).item()
+    gaps = [abs(found - loss) / loss]
+    for old, new, ours in zip(before, plain.parameters(), trainer.model.parameters()):
+        gaps.append(((ours - new).norm() / (new - old).norm()).item())
+    assert max(gaps) < 1e-3, f"loss: plain {loss}, ours {found}; gaps of the updates: {gaps[1:]}"
+    return gaps[0], max(gaps[1:])
 
 
 def count_flops(step):
     """FLOPs of the convolutions and matrix products in one call of step()."""
     counter = FlopCounterMode(display=False)
-    counter.mod_tracker = contextlib.nullcontext()  # its per-module hooks refuse autograd.grad
+    counter.mod_tracker = contextlib.nullcontext()  # its own hooks refuse autograd.grad(.., x)
     counter.mod_tracker.parents = {"Global"}
     with counter:
         step()
@@ -135,58 +126,52 @@ def count_flops(step):
 def seconds_per_call(call, count=1):
     """Mean time of `count` calls that return a scalar; reading the last waits for a GPU."""
     began = time.perf_counter()
-    last = [call() for _ in range(count)][-1]
-    assert np.isfinite(float(last)), "the loss diverged"
+    float([call() for _ in range(count)][-1])
     return (time.perf_counter() - began) / count
 
 
 def main(model: str = "small", method: str = "fgsm", precision: str = "auto", workers: int = 0,
          batch_size: int = 128, pairs: Annotated[int, typer.Option(help="0: 15 or 3")] = 0,
-         data: Annotated[Optional[Path], typer.Option(envvar="EBM_AT_CIFAR10")] = None):  # fmt: skip
+         data: Annotated[Optional[Path], typer.Option(envvar="EBM_AT_CIFAR10")] = None):
     """Times our training step against a plain one (--method fgsm or pgd)."""
     ebm_at.check_choice("method", method, ATTACK)
-    rng = np.random.default_rng(0)
-    images, labels = rng.integers(0, 256, (5000, 32, 32, 3), np.uint8), rng.integers(0, 10, 5000)
+    torch.manual_seed(0)
+    images = np.random.default_rng(0).integers(0, 256, (5000, 32, 32, 3), np.uint8)
+    labels = np.arange(5000) % 10
     if data is not None:
         archive = np.load(data, allow_pickle=False)
         images, labels = archive["train_images"], archive["train_labels"].flatten().astype("int64")
-    torch.manual_seed(0)
     gaps = check_same(images, labels, model, method)
-    settings = dict(model=model, method=method, batch_size=batch_size, precision=precision)
-    plain, optimizer, trainer = make_sides(images, labels, augment="crop-flip", **settings)
-    batches, loading = plain_batches(images, labels, batch_size, workers), []
+    settings = dict(batch_size=batch_size, precision=precision, augment="crop-flip")
+    plain, optimizer, trainer = make_sides(images, labels, model=model, method=method, **settings)
+    batches = plain_batches(images, labels, batch_size, workers)
     device, generator = trainer.device, torch.Generator(trainer.device).manual_seed(0)
 
-    def plain_call():
-        began = time.perf_counter()
+    def plain_one():
         x, y = (t.to(device) for t in next(batches))
-        loading.append(time.perf_counter() - began)
         delta = torch.zeros_like(x) if method == "fgsm" else torch.rand_like(x) * 2 * EPS - EPS
         return plain_step(plain, optimizer, x, y, delta, *ATTACK[method])[0]
 
-    def our_call():
+    def our_one():
         rows = torch.randint(len(labels), (batch_size,), generator=generator, device=device)
         return trainer.step(rows, generator, 0.0)[0]
 
     chunk, pairs = (4, pairs or 15) if model == "small" else (1, pairs or 3)
-    work = [count_flops(call) / 1e9 for call in (plain_call, our_call)]
-    both = [[seconds_per_call(c, chunk) for c in (plain_call, our_call)] for _ in range(pairs + 1)]
-    theirs, ours = zip(*both[1:])  # the first pair is warm-up
-    ratios = [b / a for a, b in zip(theirs, ours)]
+    work = [count_flops(call) / 1e9 for call in (plain_one, our_one)]
+    times = [[seconds_per_call(c, chunk) for c in (plain_one, our_one)] for _ in range(pairs + 1)]
+    theirs, ours = np.array(times[1:]).T  # the first pair is warm-up
+    ratios, load = ours / theirs, seconds_per_call(lambda: next(batches)[1][0], 4)
     square = torch.randn(2048, 2048, device=device, dtype=trainer.dtype)
     rate = 2 * 2.048**3 / min(seconds_per_call(lambda: (square @ square)[0, 0]) for _ in range(5))
-
     table = Table("", "median s/step", "images/s", "GFLOP/step", "GFLOP/s")
-    for name, s, g in (("plain", median(theirs), work[0]), ("ours", median(ours), work[1])):
+    for name, s, g in (("plain", np.median(theirs), work[0]), ("ours", np.median(ours), work[1])):
         table.add_row(name, f"{s:.4f}", f"{batch_size / s:.0f}", f"{g:.2f}", f"{g / s:.0f}")
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(f"{model}, {method}, batch {batch_size}: {pairs} pairs of {chunk} step(s)", table)
-    console.print(f"""\
-ratio ours / plain: median {median(ratios):.3f}, min {min(ratios):.3f}, max {max(ratios):.3f}
-plain loads for {median(loading):.4f} s a step; floor of ours {work[1] / rate:.4f} s at {rate:.0f} \
-GFLOP/s (matmul)
+    Console(highlight=False, soft_wrap=True).print(table, f"""\
+{model}, {method}, batch {batch_size}, {pairs} pairs of {chunk} step(s)
+ratio ours / plain: median {np.median(ratios):.3f}, min {ratios.min():.3f}, max {ratios.max():.3f}
+plain spends {load:.4f} s on loading; floor of ours {work[1] / rate:.4f} s at {rate:.0f} GFLOP/s
 same maths: loss within {gaps[0]:.0e}, update of the weights within {gaps[1]:.0e}
-{platform.platform()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, \
+{platform.platform()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__},
 ours {trainer.dtype}, plain torch.float32, images: {data.name if data else "noise"}""")
 
 

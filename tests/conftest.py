@@ -1,4 +1,4 @@
-"""What all tests share: the import path, one thread, the `slow` marker, and a tiny random network."""
+"""What all tests share: import path, one thread, the `slow` marker, a tiny random network."""
 
 import os
 import sys
@@ -51,5 +51,5 @@ def make_tiny_net(seed=0, channels=3, classes=5, dtype=torch.float32):
 
 @pytest.fixture
 def tiny_net():
-    """The factory tiny_net(seed=0, channels=3, classes=5, dtype=torch.float32) of random networks."""
+    """The factory tiny_net(seed=0, channels=3, classes=5, dtype=float32) of random networks."""
     return make_tiny_net

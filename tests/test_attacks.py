@@ -82,7 +82,7 @@ def test_results_lie_in_the_ball_and_in_the_unit_cube(attack, norm, tiny_net):
 
 @each_norm
 def test_n_fgsm_leaves_the_ball_and_the_others_fill_it(norm, tiny_net):
-    """N-FGSM's missing projection is the method; forgetting eps in the others would go unseen above."""
+    """N-FGSM's missing projection is the method; too small a step would go unseen above."""
     x, y = batch()
     x = 0.4 + 0.2 * x  # far from 0 and 1
     net, eps = tiny_net(), 0.05
@@ -119,7 +119,7 @@ def test_an_empty_batch_comes_back_empty(attack, norm, tiny_net):
 
 @each_norm
 def test_random_noise_is_uniform_in_the_ball(norm):
-    """In d dimensions (r / eps)^d of a uniform draw is uniform on [0, 1]: mean 1/2, variance 1/12."""
+    """In d dimensions (r / eps)^d of a uniform draw is uniform on [0, 1]: mean 1/2, var 1/12."""
     eps, d = 0.3, 3
     noise = random_noise(torch.zeros(20_000, d, 1, 1), eps, norm, seeded(0)).flatten(1).double()
     radius = noise.norm(dim=1) if norm == "l2" else noise.abs().amax(1)
@@ -132,7 +132,7 @@ def test_random_noise_is_uniform_in_the_ball(norm):
 
 @each_norm
 def test_project_finds_the_nearest_point(norm):
-    """Against the definition: inside stays put, outside lands on the border along the shortest way."""
+    """By definition: inside stays put, outside lands on the border along the shortest way."""
     g = seeded(5)
     x = torch.full((50, 2, 3, 3), 0.5)
     far = x + torch.randn(x.shape, generator=g) * torch.rand(50, 1, 1, 1, generator=g) * 0.1
@@ -160,7 +160,7 @@ def mixed_modes(net):
 @each_norm
 @each_attack
 def test_attacks_leave_no_trace(attack, norm, batchnorm, tiny_net):
-    """Modes, buffers, weights, requires_grad, .grad, the images and the global RNG: all as before."""
+    """Modes, buffers, weights, requires_grad, .grad, images and the global RNG: all as before."""
     net = mixed_modes(tiny_net(1))
     net[0].bias.requires_grad_(False)
     kept = torch.full_like(net[0].weight, 3.0)
@@ -186,7 +186,7 @@ def test_attacks_leave_no_trace(attack, norm, batchnorm, tiny_net):
 
 @each_attack
 def test_result_is_detached_also_from_images_that_want_gradients(attack, tiny_net):
-    """A caller's x.requires_grad_() must not tie x* to a graph: its backward pass would go through."""
+    """A caller's x.requires_grad_() must not tie x* to a graph that backward then runs through."""
     x, y = batch()
     plain = attack(tiny_net(), x, y, 0.1, seeded(0))
     x.requires_grad_(True)
@@ -290,7 +290,7 @@ def test_the_generator_decides_the_random_start(name, norm, tiny_net):
 @each_norm
 @each_attack
 def test_permuting_the_batch_permutes_the_result(attack, norm, tiny_net):
-    """With running statistics no image knows of its neighbours; a start is given, so nothing is drawn."""
+    """With running statistics no image knows of its neighbours; a start is given: no draws."""
     net = tiny_net(2, dtype=torch.float64)
     x, y = batch(2, 7, dtype=torch.float64)
     start = (x + 0.02 * torch.randn(x.shape, generator=seeded(1), dtype=x.dtype)).clamp(0, 1)
@@ -385,7 +385,7 @@ def linear_model(seed, channels=3, size=4, classes=2):
 
 
 def worst_case(net, x, y, eps, norm):
-    """Where CE of two linear logits is largest: along w_other - w_y; and the gap f_other - f_y there."""
+    """Where CE of two linear logits is largest (along w_other - w_y) and f_other - f_y there."""
     weight = net[1].weight.detach()
     w = (weight[1 - y] - weight[y]).view_as(x)
     logits = net(x).detach()
@@ -419,7 +419,7 @@ def test_linear_models_are_attacked_optimally(seed, norm, loss):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_clipping_to_the_cube_is_optimal_for_linf(seed):
-    """The ball cut by [0, 1] is still a box, so the clipped corner is the worst case there as well."""
+    """The ball cut by [0, 1] is still a box, so the clipped corner is the worst case as well."""
     net = linear_model(seed)
     x, y = batch(seed, 9, size=4, classes=2, dtype=torch.float64)
     best, _ = worst_case(net, x, y, 0.3, "linf")
@@ -443,7 +443,7 @@ def test_rs_fgsm_and_n_fgsm_are_their_formulas():
 
 @each_norm
 def test_energy_attack_reaches_the_lowest_energy_of_a_single_logit(norm):
-    """With K = 1, E(x) = -f(x) is linear: the least energy in the ball is E(x) - eps * |w|_dual."""
+    """With K = 1, E(x) = -f(x) is linear: the least energy in the ball is E(x) - eps |w|_dual."""
     net, eps = linear_model(9, classes=1), 0.1
     x, y = batch(9, size=4, classes=1, dtype=torch.float64)
     x = 0.3 + 0.4 * x
@@ -457,7 +457,7 @@ def test_energy_attack_reaches_the_lowest_energy_of_a_single_logit(norm):
 
 
 def test_kl_attack_reaches_one_of_the_two_far_corners():
-    """KL grows with |change of the logit gap|, so on a linear model it runs to either extreme corner."""
+    """KL grows with |change of the logit gap|: on a linear model it runs to an extreme corner."""
     net, eps = linear_model(5), 0.1
     x, y = batch(5, 9, size=4, classes=2, dtype=torch.float64)
     x = 0.3 + 0.4 * x

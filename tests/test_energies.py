@@ -13,7 +13,7 @@ SEEDS = range(5)
 
 
 def draw(seed, scale=3.0):
-    """Random logits (N, K), a twin of them, and labels; N, K and the offset follow from the seed."""
+    """Random logits (N, K), a twin of them, labels; N, K and the offset follow from the seed."""
     g = torch.Generator().manual_seed(seed)
     n, k = 1 + seed * 3, 2 + seed * 2
     logits = torch.randn(n, k, generator=g) * scale + seed
@@ -25,7 +25,8 @@ def draw(seed, scale=3.0):
 def test_energies_are_what_the_definitions_say(seed):
     logits, _, y = draw(seed)
     for i, row in enumerate(logits.double().tolist()):
-        assert energy_x(logits)[i].item() == pytest.approx(-math.log(sum(map(math.exp, row))), abs=1e-5)
+        expected = -math.log(sum(math.exp(v) for v in row))
+        assert energy_x(logits)[i].item() == pytest.approx(expected, abs=1e-5)
         assert energy_xy(logits, y)[i].item() == pytest.approx(-row[y[i]], abs=1e-6)
 
 
@@ -92,7 +93,7 @@ def test_kl_divergence_in_energies(seed):
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_give_float32_energies(half):
-    """A logsumexp in bf16 has 8 bits: dE would drown in rounding. Results must be fp32 throughout."""
+    """A logsumexp in bf16 has 8 bits: dE would drown in rounding. Results must be fp32."""
     logits, twin, y = draw(4)
     a, b = logits.to(half), twin.to(half)
     for found, expected in (

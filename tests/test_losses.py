@@ -47,13 +47,16 @@ def rows(logits, twin, y):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_der_is_the_mean_delta_energy(seed, power):
     logits, twin, y = draw(seed)
-    delta = [np.log(np.exp(b).sum()) - np.log(np.exp(a).sum()) for a, b, *_ in rows(logits, twin, y)]
-    assert der(logits, twin, power).item() == pytest.approx(np.mean(np.abs(delta) ** power), rel=1e-4)
+    terms = []
+    for f, f_adv, *_ in rows(logits, twin, y):
+        delta = -np.log(np.exp(f).sum()) + np.log(np.exp(f_adv).sum())
+        terms.append(abs(delta) ** power)
+    assert der(logits, twin, power).item() == pytest.approx(np.mean(terms), rel=1e-4)
     assert der(logits, logits.clone(), power).item() == 0
 
 
 def test_der_pushes_on_both_energies():
-    """d|dE|/df = sign(dE) (p(x*) d f(x*) - p(x) d f(x)): nothing is detached. N = 1 keeps it readable."""
+    """For one image |dE| has the slopes -sign(dE) p(.|x) in f(x) and sign(dE) p(.|x*) in f(x*)."""
     logits, twin, _ = (t[:1] for t in draw(1))
     logits.requires_grad_(True), twin.requires_grad_(True)
     delta = (twin.logsumexp(1) - logits.logsumexp(1)).item()
@@ -66,7 +69,7 @@ def test_der_pushes_on_both_energies():
 
 
 def test_der_pushes_hardest_where_it_is_needed_early():
-    """Why |dE| is the default: near zero its gradient keeps its size, that of the square vanishes."""
+    """Why |dE| is the default: near 0 its gradient keeps its size, that of the square vanishes."""
     logits = torch.zeros(1, 4, requires_grad=True)
     near = logits.detach() + 1e-3
     (g1,) = torch.autograd.grad(der(logits, near, 1), logits)
@@ -102,7 +105,7 @@ def test_mart(seed, beta):
 
 
 def test_mart_stays_finite_when_the_model_is_sure_and_wrong():
-    """log(1 - p) of a rival with p = 1 is -inf without the small constant; so would its gradient be."""
+    """log(1 - p) of a rival with p = 1 is -inf without the small constant, its gradient nan."""
     twin = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
     loss = mart_loss(torch.zeros(1, 3), twin, torch.tensor([1]))
     loss.backward()
@@ -125,7 +128,7 @@ def test_weat_weights(seed):
 @pytest.mark.parametrize("beta", [0.0, 6.0])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_weat_nat_and_adv(seed, beta):
-    """The weight comes from E(x) of the CLEAN image in both; only the cross-entropy term differs."""
+    """The weight comes from E(x) of the CLEAN image in both; only the cross-entropy differs."""
     logits, twin, y = draw(seed)
     nat, adv = [], []
     for f, _, label, p, q, kl in rows(logits, twin, y):
@@ -161,7 +164,8 @@ def test_losses_are_float32_and_agree_with_finite_differences(loss):
         shift = torch.zeros_like(twin)
         shift[i, k] = h
         with torch.no_grad():
-            slope = (loss(logits, twin + shift, y, 2.0) - loss(logits, twin - shift, y, 2.0)) / (2 * h)
+            above, below = (loss(logits, z, y, 2.0) for z in (twin + shift, twin - shift))
+            slope = (above - below) / (2 * h)
         assert slope.item() == pytest.approx(g[i, k].item(), rel=2e-2, abs=2e-4)
 
 

@@ -1,4 +1,4 @@
-"""Networks against a forward pass written out anew, published sizes; checkpoints and their refusals."""
+"""Networks against a forward pass written out anew and published sizes; checkpoints."""
 
 import builtins
 import os
@@ -23,13 +23,15 @@ from ebm_at import (
 
 
 def randomised(model, seed=0):
-    """Random BatchNorm parameters and statistics: fresh ones are nearly the identity and hide bugs."""
+    """Random BatchNorm parameters and statistics: fresh ones are almost the identity."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in model.modules():
             if isinstance(m, nn.BatchNorm2d):
-                for t, low in ((m.weight, 0.5), (m.bias, -0.5), (m.running_mean, -0.5), (m.running_var, 0.5)):
-                    t.copy_(torch.rand(t.shape, generator=g) + low)
+                for t in (m.weight, m.running_var):
+                    t.copy_(torch.rand(t.shape, generator=g) + 0.5)
+                for t in (m.bias, m.running_mean):
+                    t.copy_(torch.rand(t.shape, generator=g) - 0.5)
     return model.eval()
 
 
@@ -42,8 +44,8 @@ def images(seed, n=2, channels=3, size=16):
 
 @pytest.mark.parametrize(
     "name, parameters",
-    # Pre-activation ResNet-18 as in Rice et al. 2020 (with a last BatchNorm): 11.17 M. The wide ones:
-    # Zagoruyko & Komodakis 2016, table 4, 36.5 M; Zhang et al. 2019, 46.16 M. small: by hand.
+    # Pre-activation ResNet-18 as in Rice et al. 2020 (with a last BatchNorm): 11.17 M. The wide
+    # ones: Zagoruyko & Komodakis 2016, 36.5 M; Zhang et al. 2019, 46.16 M. small: by hand.
     [
         ("preactresnet18", 11_172_170),
         ("wrn-28-10", 36_479_194),
@@ -60,7 +62,7 @@ def test_parameter_counts_are_the_published_ones(name, parameters):
 @pytest.mark.parametrize("width", [3, 8])
 @pytest.mark.parametrize("channels, classes", [(1, 2), (3, 7)])
 def test_parameter_count_of_the_small_model(width, channels, classes):
-    """Counted from the layout: stages of w, 2w, 4w, 8w channels with one block of two convolutions."""
+    """Counted from the layout: stages of w, 2w, 4w, 8w channels, one block of two convolutions."""
     count, c_in = 9 * channels * width, width
     for c_out in (width, 2 * width, 4 * width, 8 * width):
         count += 9 * c_in * c_out + 9 * c_out * c_out + 2 * c_in + 2 * c_out
@@ -77,8 +79,11 @@ def plain_forward(model, x, stem_stride):
 
     def norm_relu(x, key):
         shape = (1, -1, 1, 1)
-        z = (x - s[key + ".running_mean"].view(shape)) / (s[key + ".running_var"].view(shape) + 1e-5).sqrt()
-        return (z * s[key + ".weight"].view(shape) + s[key + ".bias"].view(shape)).clamp(min=0)
+        scale, shift, mean, var = (
+            s[f"{key}.{part}"].view(shape)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        return ((x - mean) / (var + 1e-5).sqrt() * scale + shift).clamp(min=0)
 
     x = F.conv2d((x - s["mean"]) / s["std"], s["stem.weight"], stride=stem_stride, padding=1)
     channels = x.shape[1]
@@ -116,7 +121,7 @@ def test_normalising_inside_equals_normalising_outside():
     x = images(1)
     normalised = torch.stack([(x[:, c] - mean[c]) / std[c] for c in range(3)], 1)
     torch.testing.assert_close(inside(x), outside(normalised))
-    assert not torch.allclose(inside(x), outside(x), atol=1e-3)  # so the comparison means something
+    assert not torch.allclose(inside(x), outside(x), atol=1e-3)  # it does matter
     default = make_model("small", in_channels=1, width=4)
     assert default.mean.flatten().tolist() == [0.5] and default.std.flatten().tolist() == [0.25]
 
@@ -124,7 +129,7 @@ def test_normalising_inside_equals_normalising_outside():
 @pytest.mark.parametrize("size", [28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sizes_and_channels(size, channels):
-    """Logits (N, K) at every size, each image's own: a neighbour in the batch does not change them."""
+    """Logits (N, K) at every size, each image's own: its neighbours do not change them."""
     model = randomised(make_model("small", 4, channels, width=4))
     x = images(2, 3, channels, size)
     logits = model(x)
@@ -145,7 +150,7 @@ def test_unknown_model_is_refused_with_the_nearest_name():
 
 
 def compare_with_torch(mine, channels=3):
-    """Output, gradients, running statistics and count against nn.BatchNorm2d; three steps, then eval."""
+    """Output, gradients, running statistics against nn.BatchNorm2d; three steps, then eval."""
     theirs = nn.BatchNorm2d(channels)
     theirs.load_state_dict(mine.state_dict())
     for step in range(3):
@@ -170,7 +175,7 @@ def test_batchnorm_is_torchs_in_a_single_process():
 
 
 def test_batchnorm_of_a_process_group_is_torchs_for_the_global_batch(tmp_path):
-    """A group of one takes the distributed path, whose mean, variance and gradients are hand-written."""
+    """A group of one takes the distributed path, where mean and variance are hand-written."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -255,7 +260,8 @@ def test_missing_foreign_and_damaged_files_are_refused(tmp_path):
     ):
         path.write_bytes(content)
         refused(path)
-    for foreign in (model.state_dict(), {"state_dict": {}}, [1, 2], torch.zeros(3), {"format": "x"}):
+    plain = model.state_dict()
+    for foreign in (plain, {"state_dict": plain}, [1, 2], torch.zeros(3), {"format": "x"}):
         torch.save(foreign, path)
         refused(path, "not a checkpoint of this project")
     refused(tmp_path)  # a folder
@@ -289,7 +295,8 @@ def test_a_flipped_byte_is_never_loaded_as_other_weights(tmp_path):
             found, _ = load_model(str(path))
         except RunError:
             continue
-        assert all(torch.equal(v, expected[k]) for k, v in found.state_dict().items()), f"byte {at}"
+        found = found.state_dict()
+        assert all(torch.equal(v, expected[k]) for k, v in found.items()), f"byte {at}"
 
 
 def test_saving_that_fails_keeps_the_old_file_and_leaves_no_rubbish(tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ class Config:
     der_power: int = _opt(1, "Regularizers", "1: mean |dE|; 2: mean dE^2")
     grad_align: float = _opt(0.0, "Regularizers", "weight of GradAlign; 0 = off")
     awp: float = _opt(0.0, "Regularizers", "gamma of adversarial weight perturbation; 0 = off")
-    epochs: int = _opt(14, "Optimisation", "passes over the training images")
+    epochs: int = _opt(18, "Optimisation", "passes over the training images")
     batch_size: int = _opt(64, "Optimisation", "images per step, over all processes")
     lr: float = _opt(0.2, "Optimisation", "highest learning rate of SGD")
     schedule: str = _opt("triangular", "Optimisation", "triangular, piecewise, cosine, or constant")
@@ -130,7 +130,8 @@ class Config:
     weight_decay: float = _opt(5e-4, "Optimisation", "L2 penalty of SGD, on every parameter")
     ema: float = _opt(0.0, "Optimisation", "decay of averaged weights, then judged; 0 = off")
     on_overfit: str = _opt("continue", "Overfitting", "at an alarm: continue, stop, rollback, der")
-    probe_size: int = _opt(400, "Overfitting", "images of each split measured every epoch")
+    probe_size: int = _opt(400, "Overfitting", "validation images measured every epoch, and half as"
+                           " many of test, a quarter of train")
     probe_every: int = _opt(200, "Overfitting", "steps between the cheap checks inside an epoch")
     test_size: int = _opt(0, "Overfitting", "test images that judge last and best; 0 = all")
     seed: int = _opt(0, "Machine", "weights, order, augmentation and noise follow from it")
@@ -271,7 +272,7 @@ SHAPES = {
 }
 
 
-SHAPES_TRAIN = 5500  # of which 10% become validation
+SHAPES_TRAIN = 4500  # of which 10% become validation
 
 
 def make_shapes(n, seed):
@@ -1084,7 +1085,7 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
         attacks (PGD: one random start, step eps / 4, the same noise at every call).
     Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc in [0, 1]; energy,
         E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd, |dE(x)|;
-        delta_energy_xy_pgd, dE(x, y). Energies are in nats.
+        delta_energy_xy_pgd, dE(x, y); and n, how many images. Energies are in nats.
     """
     generator = torch.Generator(x.device).manual_seed(0)
     logits = {"clean": [], "fgsm": [], "pgd": []}
@@ -1103,7 +1104,7 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
     found["delta_energy_pgd"] = delta_energy(clean, multi).mean()
     found["abs_delta_energy_pgd"] = delta_energy(clean, multi).abs().mean()
     found["delta_energy_xy_pgd"] = delta_energy(clean, multi, y).mean()
-    return {k: v.item() for k, v in found.items()}
+    return {"n": len(x)} | {k: v.item() for k, v in found.items()}
 
 
 @dataclass
@@ -1121,7 +1122,7 @@ class OverfittingMonitor:
         0.35  # ... PGD keeps less than this share of FGSM's (healthy: .5 and more) ...
     )
     co_fall: float = 0.60  # ... and has fallen below this share of its own best
-    ro_drop: float = 0.03  # RO: PGD accuracy lies that far below its best ...
+    ro_drop: float = 0.04  # RO: PGD accuracy lies that far below its best, and 1.5 standard errors
     ro_rise: float = 0.05  # ... while training accuracy has risen by that much since
     ro_window: int = 3  # both as means over that many epochs: one epoch is too noisy to judge by
     best: float = 0.0  # best PGD accuracy so far, of one measurement
@@ -1152,11 +1153,13 @@ class OverfittingMonitor:
         if not self.peak or pgd_acc > self.peak[0]:
             self.peak = [pgd_acc, train_acc, epoch]
         best, train_then, when = self.peak
-        struck = best - pgd_acc >= self.ro_drop and train_acc - train_then >= self.ro_rise
+        limit = max(self.ro_drop, 1.5 * math.sqrt(best * (1 - best) / found["n"]))
+        struck = best - pgd_acc >= limit and train_acc - train_then >= self.ro_rise
         return struck * (
             f"Robust overfitting by epoch {epoch}: PGD accuracy on held-out images fell from"
-            f" {best:.1%} (around epoch {when}) to {pgd_acc:.1%} (alarm at {self.ro_drop:.0%} less)"
-            f" while on attacked training images it rose from {train_then:.1%} to {train_acc:.1%};"
+            f" {best:.1%} (around epoch {when}) to {pgd_acc:.1%} (alarm at"
+            f" {100 * limit:.1f} points less) while on attacked training images it rose from"
+            f" {train_then:.1%} to {train_acc:.1%};"
             f" delta energy under PGD is {found['delta_energy_pgd']:+.2f}"
         )
 
@@ -1170,8 +1173,8 @@ PRESETS = {
     # Few images, many epochs, a learning-rate drop: what robust overfitting needs (Rice et al.
     # 2020).
     "ro": dict(dataset="shapes", method="pgd", limit=400, width=32, eps=8 / 255, eps_warmup=0.0,
-               attack_steps=3, batch_size=50, lr=0.1, schedule="piecewise", epochs=80,
-               probe_size=600, beta=2.0),
+               batch_size=50, lr=0.1, schedule="piecewise", epochs=60, probe_size=200,
+               test_size=1000, beta=2.0),
 }  # fmt: skip
 REACTIONS = ["continue", "stop", "rollback", "der"]
 HISTORY = [  # the columns of history.csv, in order; accuracies in [0, 1], energies in nats
@@ -1367,6 +1370,7 @@ class Trainer:
             average = swa_utils.get_ema_multi_avg_fn(config.ema)
             self.ema = swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
         self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
+        self.verdict_now, self.reason = "healthy", ""  # of the last measurement; of the last alarm
         self.history, self.alarms, self.saved_epoch = [], [], 0
         self.best = {"val_pgd_acc": -1.0, "epoch": 0, **self.snapshot()}
         if resume:
@@ -1398,7 +1402,7 @@ class Trainer:
         self.best, self.history, self.alarms = saved["best"], saved["history"], saved["alarms"]
         self.epoch, self.finished = saved["epoch"], saved["finished"]
         self.saved_epoch = self.epoch
-        self.config.der = saved["der"]
+        self.config.der, self.reason = saved["der"], saved["reason"]
 
     def checkpoint(self):
         """What last.pt holds: enough to use the model, and enough to go on as if never stopped."""
@@ -1410,6 +1414,7 @@ class Trainer:
                 "now": self.snapshot(), "best": self.best, "history": self.history,
                 "monitor": dataclasses.asdict(self.monitor), "alarms": self.alarms,
                 "epoch": self.epoch, "finished": self.finished, "der": self.config.der,
+                "reason": self.reason,
             },
         }  # fmt: skip
 
@@ -1527,8 +1532,9 @@ class Trainer:
     def measure(self, loss, train_adv_acc, seconds, probing):
         """Measures all splits, asks the monitor, keeps the best; yields alarms and the row."""
         began, config = time.perf_counter(), self.config
-        val, test = self.probe("val", config.probe_size), self.probe("test", config.probe_size)
-        train = self.probe("train", config.probe_size // 2)
+        val = self.probe("val", config.probe_size)  # the verdict rests on it: the largest
+        test = self.probe("test", -(-config.probe_size // 2))
+        train = self.probe("train", -(-config.probe_size // 4))
         alarms = list(self.react(val, f"epoch {self.epoch}", train_adv_acc))
         verdict = alarms[0]["verdict"] if alarms else self.verdict_now
         if not alarms and val["pgd_acc"] > self.best["val_pgd_acc"]:
@@ -1561,9 +1567,11 @@ class Trainer:
         if not reason:
             self.verdict_now = "healthy"
             return
-        if any(alarm["verdict"] == self.verdict_now for alarm in self.alarms):
+        self.reason = reason
+        told = [(alarm["verdict"], alarm["der"]) for alarm in self.alarms]
+        if (self.verdict_now, self.config.der) in told:
             return
-        action = self.config.on_overfit
+        action, der = self.config.on_overfit, self.config.der
         if action == "der" and self.config.der:
             action = "continue"  # DER is on already: nothing left to switch on
         if action in ("rollback", "der"):
@@ -1573,7 +1581,8 @@ class Trainer:
             self.monitor = OverfittingMonitor()
         self.finished = action in ("stop", "rollback")
         alarm = {"kind": "alarm", "verdict": self.verdict_now, "epoch": self.epoch, "when": when}
-        alarm |= {"reason": reason, "action": action, "back_to_epoch": self.best["epoch"]}
+        alarm |= {"reason": reason, "action": action, "der": der}
+        alarm["back_to_epoch"] = self.best["epoch"]
         self.alarms.append(alarm)
         yield alarm
 
@@ -1595,13 +1604,17 @@ class Trainer:
         """What to say of the whole run: ("healthy", "CO" or "RO", and a sentence why)."""
         if self.config.method == "none":
             return "healthy", "Not trained adversarially: there is no robustness to lose."
-        for alarm in self.alarms:
-            if alarm["action"] != "der":
+        for alarm in self.alarms:  # CO stays the verdict even where accuracy recovers; RO may pass
+            ended = alarm["action"] in ("stop", "rollback")
+            if ended or (alarm["verdict"] == "CO" and alarm["action"] == "continue"):
                 return alarm["verdict"], alarm["reason"]
         last = self.history[-1]
-        rescue = f" after DER was switched on: {self.alarms[0]['reason']}" if self.alarms else ""
+        if last["verdict"] == "RO":
+            return "RO", self.reason
+        rescues = [f"{a['reason']}. DER was switched on. " for a in self.alarms if not a["der"]]
+        rescue = rescues[0] if self.config.der and rescues else ""
         return last["verdict"], (
-            f"Healthy{rescue}: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
+            f"{rescue}Healthy: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
             f" (best {self.best['val_pgd_acc']:.1%}), FGSM accuracy {last['val_fgsm_acc']:.1%},"
             f" delta energy under PGD {last['val_delta_energy']:+.2f}"
         )
@@ -1619,8 +1632,8 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
             nothing.
         resume: what load_checkpoint read from a last.pt; goes on where that run stopped.
         on_progress: called as (epoch, step, steps per epoch) after every step.
-    Yields: {"kind": "alarm", verdict, epoch, when, reason, action, back_to_epoch} when overfitting
-        strikes, and {"kind": "epoch", ...} with the columns of HISTORY after every epoch.
+    Yields: {"kind": "alarm", verdict, epoch, when, reason, action, back_to_epoch, der} when
+        overfitting strikes, and {"kind": "epoch", ...}, the columns of HISTORY, after every epoch.
     Raises: BadInput for settings that do not fit the data; RunError when the loss diverges or a
         checkpoint cannot be written. The last good checkpoint stays.
     """

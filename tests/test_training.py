@@ -141,7 +141,7 @@ def test_best_is_chosen_on_validation_and_saved(data, tmp_path):
 
 
 def found(fgsm, pgd, delta=0.0):
-    return {"fgsm_acc": fgsm, "pgd_acc": pgd, "delta_energy_pgd": delta}
+    return {"n": 400, "fgsm_acc": fgsm, "pgd_acc": pgd, "delta_energy_pgd": delta}
 
 
 def test_monitor_calls_collapse_catastrophic_and_names_the_numbers():

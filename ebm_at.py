@@ -57,7 +57,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_autograd
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.optim import swa_utils
@@ -401,8 +400,12 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
     _check_splits(splits, len(classes), name)
     if "val" not in splits:
         x, y = splits["train"]
+        count = round(len(y) * val_fraction)
+        if not 0 < count < len(y):
+            share_of = f"{val_fraction:g} of {len(y)} training images"
+            raise BadInput(f"'{name}': {share_of} leaves no validation or no training split")
         held_out = torch.zeros(len(y), dtype=torch.bool)
-        held_out[_stratified(y, round(len(y) * val_fraction), seed)] = True
+        held_out[_stratified(y, count, seed)] = True
         splits["train"], splits["val"] = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
     if limit:
         x, y = splits["train"]
@@ -440,9 +443,8 @@ def _to_nchw(images, where):
         raise BadInput(f"{where}: images must be uint8 in 0..255, not {images.dtype}")
     square = images.ndim == 4 and images.shape[1] == images.shape[2] >= 8
     if not square or images.shape[3] not in (1, 3):
-        raise BadInput(
-            f"{where}: images must be (N, S, S) or (N, S, S, 1 or 3), not {images.shape}"
-        )
+        wanted = "(N, S, S) or (N, S, S, 1 or 3), at least 8x8"
+        raise BadInput(f"{where}: images must be {wanted}, not {images.shape}")
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
@@ -452,8 +454,10 @@ def _load_npz(path):
         raise RunError(f"no file '{path}'")
     try:  # allow_pickle=False: a pickle inside an .npz would run its author's code
         with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive)
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, TypeError) as error:
+            wanted = [k for k in archive.files if k.split("_")[0] in ("train", "val", "test")]
+            arrays = {k: archive[k] for k in wanted}
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, TypeError,
+            AttributeError) as error:  # fmt: skip
         raise RunError(f"'{path}' cannot be read as an .npz of plain arrays: {error}") from error
     splits = {}
     for split in ("train", "val", "test"):
@@ -489,7 +493,7 @@ def _load_folder(path):
         try:
             found = import_torchvision().datasets.ImageFolder(folder, loader=read)
             images = [image for image, _ in found]
-        except OSError as error:  # an empty class folder, a damaged picture
+        except (OSError, ValueError, SyntaxError) as error:  # an empty class, a damaged picture
             raise RunError(f"folder '{folder}' cannot be read: {error}") from error
         if classes not in (None, found.classes):
             raise BadInput(f"folder '{path}': {split}/ has other classes than train/")
@@ -518,8 +522,9 @@ def _load_torchvision(name, data_dir):
                 images, y, classes = found.data, found.targets, list(found.classes)
             splits[split] = _to_nchw(images, name), torch.as_tensor(np.asarray(y)).long()
     except (OSError, RuntimeError, KeyError, EOFError, zlib.error, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())  # torchvision's messages span several lines
         raise RunError(
-            f"{name} could not be downloaded or read ({error}). Put {TORCHVISION_SETS[name]} into"
+            f"{name} could not be downloaded or read ({reason}). Put {TORCHVISION_SETS[name]} into"
             f" '{data_dir}', or name another folder with --data-dir"
         ) from error
     return splits, classes
@@ -561,6 +566,7 @@ def augment(x, how, generator=None):
     Args: x, images (N, C, H, W) of any dtype; how, "none", "crop" or "crop-flip".
     Returns: images of the same shape and dtype, laid out channels-last.
     """
+    check_choice("augmentation", how, ("none", "crop", "crop-flip"))
     if how == "none":
         return x
     n, c, height, width = x.shape
@@ -580,6 +586,20 @@ def augment(x, how, generator=None):
 # ==================================================================================================
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """dist.all_reduce for autograd: the gradient of a sum over processes is one too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _SumOverProcesses.apply(gradient)
+
+
 class BatchNorm(nn.BatchNorm2d):
     """BatchNorm2d whose batch is the global batch, also when several processes share it.
 
@@ -592,9 +612,9 @@ class BatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         x32 = x.float()
         count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = dist_autograd.all_reduce(x32.sum((0, 2, 3))) / count
+        mean = _SumOverProcesses.apply(x32.sum((0, 2, 3))) / count
         centred = x32 - mean[:, None, None]
-        var = dist_autograd.all_reduce((centred**2).sum((0, 2, 3))) / count
+        var = _SumOverProcesses.apply((centred**2).sum((0, 2, 3))) / count
         if self.track_running_stats:
             with torch.no_grad():
                 self.running_mean.lerp_(mean, self.momentum)
@@ -661,7 +681,7 @@ def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None,
     Returns: PreActResNet; `.spec` holds what load_model needs to build it again.
     """
     check_choice("model", name, MODELS)
-    if name == "small":  # .7 M parameters, 8 MFLOP per image forward: made for CPUs
+    if name == "small":  # .31 M parameters, 8 MFLOP per image forward: made for CPUs
         layout = ([width, 2 * width, 4 * width, 8 * width], [1, 1, 1, 1], width, 2)
     elif name == "preactresnet18":  # 11.17 M parameters, 1.1 GFLOP
         layout = ([64, 128, 256, 512], [2, 2, 2, 2], 64, 1)
@@ -776,8 +796,8 @@ def check_attack(x, y, eps, norm):
         raise BadInput(f"attacks take float images (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise BadInput(f"labels must be int64 of shape ({len(x)},), not {y.dtype} {tuple(y.shape)}")
-    if not 0 <= eps < math.inf:
-        raise BadInput(f"eps must be a number >= 0, not {eps}")
+    if not 0 <= eps <= (1 if norm == "linf" else math.inf):
+        raise BadInput(f"eps must be >= 0, in units of [0, 1] such as 8/255, not {eps}")
     if len(x) and not (x.min() >= 0 and x.max() <= 1):
         raise BadInput(
             f"images must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}:"
@@ -805,11 +825,12 @@ def per_image_norm(d):
 
 def random_noise(x, eps, norm="linf", generator=None):
     """A uniform draw from the eps-ball around 0, one per image, shaped like x."""
+    draw = dict(generator=generator, device=x.device)
     if norm == "linf":
-        return (torch.rand(x.shape, generator=generator, device=x.device) * 2 - 1) * eps
-    direction = torch.randn(x.shape, generator=generator, device=x.device)
-    radius = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-    return direction / per_image_norm(direction) * eps * radius ** (1 / x[0].numel())
+        return ((torch.rand(x.shape, **draw) * 2 - 1) * eps).to(x.dtype)
+    direction, radius = torch.randn(x.shape, **draw), torch.rand(len(x), 1, 1, 1, **draw)
+    radius = eps * radius ** (1 / x.shape[1:].numel())  # uniform in volume, not in radius
+    return (radius * direction / per_image_norm(direction)).to(x.dtype)
 
 
 def ascend(x_adv, gradient, step, norm="linf"):
@@ -855,7 +876,7 @@ def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None
         reference = model(x).detach() if loss == "kl" else None
         gradient = input_gradient(model, start, y, loss, targeted, reference)
     x_adv = ascend(start, gradient, eps if step is None else step, norm)
-    return project(x_adv, x, eps, norm) if inside_ball else x_adv.clamp(0, 1)
+    return (project(x_adv, x, eps, norm) if inside_ball else x_adv.clamp(0, 1)).detach()
 
 
 def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
@@ -1314,13 +1335,15 @@ def load_checkpoint(path):
     Raises: RunError when the file is missing, damaged, hostile or not one of ours.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums
+            if archive.testzip():
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise RunError(f"no checkpoint '{path}'") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        raise RunError(
-            f"'{path}' is damaged, or not a checkpoint of plain tensors: not loaded"
-        ) from error
+        message = f"'{path}' is damaged, or not a checkpoint of plain tensors: not loaded"
+        raise RunError(message) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ebm-at 1":
         raise RunError(f"'{path}' is not a checkpoint of this project (no format 'ebm-at 1')")
     return checkpoint
@@ -1332,8 +1355,11 @@ def load_model(path, device="cpu"):
     Raises: RunError.
     """
     checkpoint = load_checkpoint(path)
-    model = make_model(**checkpoint["spec"])
-    model.load_state_dict(checkpoint["model"])
+    try:
+        model = make_model(**checkpoint["spec"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError, BadInput) as error:
+        raise RunError(f"'{path}' lacks a model, or its weights do not fit its spec") from error
     return model.to(device).eval(), checkpoint
 
 

@@ -74,7 +74,7 @@ def test_step_is_sgd_on_the_written_loss(data):
 
     x, y = data.x_train[:20].float() / 255, data.y_train[:20]
     probe = x.clone().requires_grad_(True)
-    plain.eval()  # the default attack sees the running statistics
+    plain.eval()  # the demonstration's attack sees the running statistics
     torch.nn.functional.cross_entropy(plain(probe), y).backward()
     plain.train().zero_grad()
     x_adv = (x + 8 / 255 * probe.grad.sign()).clamp(0, 1)
@@ -152,6 +152,12 @@ def test_monitor_calls_collapse_catastrophic_and_names_the_numbers():
         assert part in reason
 
 
+def test_monitor_believes_the_training_attack_where_fgsm_in_eval_mode_misses_the_collapse():
+    monitor = ebm_at.OverfittingMonitor()
+    assert not monitor.catastrophic(found(0.25, 0.20), "epoch 4", train_adv_acc=0.3)
+    assert "62.0%" in monitor.catastrophic(found(0.08, 0.03), "epoch 5", train_adv_acc=0.62)
+
+
 @pytest.mark.parametrize(
     "history",
     [
@@ -187,8 +193,7 @@ class Collapsing(ebm_at.Trainer):
     def probe(self, split, size):
         measured = super().probe(split, size)
         if split == "val":
-            now = self.epoch + (0.5 if self.config.probe_every < self.steps else 0)
-            bad = now >= self.strike and not self.config.der
+            bad = self.epoch >= self.strike and not self.config.der
             measured |= found(0.6, 0.0, 3.0) if bad else found(0.3, 0.2 + 0.001 * self.epoch)
         return measured
 
@@ -218,11 +223,17 @@ def test_reactions(data, tmp_path, reaction, epochs, back, der):
 
 
 def test_alarm_inside_an_epoch_stops_there(data, tmp_path):
-    config = ebm_at.recipe(on_overfit="stop", probe_every=3, **TINY)
-    trainer = Collapsing(config, data, ebm_at.build_model(config, data))
+    class CollapsingWithin(ebm_at.Trainer):
+        def probe(self, split, size):  # the checks inside an epoch look at 200 images at most
+            measured = super().probe(split, size)
+            bad = self.epoch == 1 and size == 200
+            return measured | (found(0.6, 0.0, 3.0) if bad else found(0.3, 0.2))
+
+    config = ebm_at.recipe(on_overfit="stop", probe_every=3, **TINY | dict(probe_size=201))
+    trainer = CollapsingWithin(config, data, ebm_at.build_model(config, data))
     records = list(trainer.run(tmp_path))
-    assert records[-1]["kind"] == "alarm" and records[-1]["when"] == "epoch 3, step 3"
-    assert len(trainer.history) == 2
+    assert records[-1]["kind"] == "alarm" and records[-1]["when"] == "epoch 2, step 3"
+    assert len(trainer.history) == 1 and trainer.verdict()[0] == "CO"
 
 
 def test_rescue_survives_a_resume(data, tmp_path):

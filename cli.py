@@ -426,18 +426,12 @@ def device_name(device):
 
 
 def next_command(config, verdict):
-    """The command a reader would like to try after this run."""
+    """What a reader would like to try after this run."""
     if config.method == "none":
-        return "python cli.py train --method pgd"
+        return "the same with --method pgd"
     if not config.der:
-        rest = {"shapes": "", "fgsm": ""}.get(config.dataset, f" --dataset {config.dataset}")
-        method = "" if config.method == "fgsm" else f" --method {config.method}"
-        return f"python cli.py train{rest}{method} --der"
-    return (
-        "python cli.py train --method pgd"
-        if verdict == "healthy"
-        else "the same with a larger --beta"
-    )
+        return "the same with --der"
+    return "the same with --method pgd" if verdict == "healthy" else "the same with a larger --beta"
 
 
 # --------------------------------------------------------------------------------------------------

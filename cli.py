@@ -3,7 +3,6 @@
 python cli.py train --help
 """
 
-import csv
 import dataclasses
 import inspect
 import json
@@ -24,6 +23,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 import ebm_at
 from ebm_at import BadInput, Config, RunError
@@ -55,13 +55,14 @@ def fields_as_options(command):
     signature = inspect.signature(command)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     for f in dataclasses.fields(Config):
-        default = "20/255" if f.name == "eps" else f.default
+        default = f"{f.default * 255:g}/255" if f.name == "eps" else f.default
         option = typer.Option(
             help=f.metadata["note"],
             rich_help_panel=f.metadata["panel"],
             show_default=str(default) if f.type is not bool else False,
         )
-        kind = Annotated[Optional[str if f.name == "eps" else f.type], option]
+        value_type = str if f.name == "eps" else f.type
+        kind = Annotated[Optional[value_type], option]
         own.append(
             inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=kind)
         )
@@ -78,9 +79,12 @@ def config_from(settings, preset):
     if preset is not None:
         ebm_at.check_choice("preset", preset, ebm_at.PRESETS)
         given = ebm_at.PRESETS[preset] | given
-    if os.path.exists(given.get("dataset", "")):  # so that a resume from elsewhere finds it
-        given["dataset"] = os.path.abspath(given["dataset"])
-    return ebm_at.recipe(**given)
+    name = given.get("dataset", "shapes")
+    if name not in ebm_at.DATASETS and os.path.exists(name):  # a resume from elsewhere finds it
+        given["dataset"] = os.path.abspath(name)
+    config = ebm_at.recipe(**given)
+    config.data_dir = os.path.abspath(config.data_dir)
+    return config
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,7 +196,8 @@ class Display:
     )
 
     def __init__(self, config, rows, quiet):
-        self.config, self.rows, self.quiet, self.began = config, rows, quiet, time.monotonic()
+        self.config, self.rows, self.quiet = config, rows, quiet
+        self.began, self.before = time.monotonic(), len(rows)  # before: epochs done before a resume
         self.console = Console(highlight=False, quiet=quiet)
         self.live = None
         if self.console.is_terminal and not quiet:
@@ -229,8 +234,8 @@ class Display:
         if self.live:
             self.live.update(self.picture())
         elif not self.quiet:
-            done = len(self.rows)
-            left = (time.monotonic() - self.began) / done * (self.config.epochs - done)
+            each = (time.monotonic() - self.began) / (len(self.rows) - self.before)
+            left = each * (self.config.epochs - len(self.rows))
             cells = zip(self.COLUMNS[1:], self.cells(row)[1:])
             line = f"epoch {row['epoch']:>3}/{self.config.epochs}  " + "  ".join(
                 f"{n} {v}" for n, v in cells
@@ -299,14 +304,17 @@ def train(
                 "--resume takes every setting from the run; give nothing with it but --device"
             )
         checkpoint, folder = open_run(resume)
-        config = Config(**checkpoint["config"])
+        config = checkpoint["config"]
         config.device = settings["device"] or config.device
     else:
         config = config_from(settings, preset)
     ebm_at.start_processes(config.device)
     leader = ebm_at.world()[0] == 0
-    device = ebm_at.pick_device(config.device)
+    if not leader:  # one process downloads, the others wait and then find the files
+        torch.distributed.barrier()
     data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
+    if leader and ebm_at.world()[1] > 1:
+        torch.distributed.barrier()
     model = ebm_at.build_model(config, data)
     trainer = ebm_at.Trainer(config, data, model, checkpoint)
     if leader and not resume:
@@ -316,11 +324,11 @@ def train(
         f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
         f" images, eps {config.eps * 255:g}/255 ({config.norm}), {config.model},"
         f" {config.epochs} epochs,"
-        f" {device} {str(trainer.dtype).removeprefix('torch.')}, seed {config.seed}"
+        f" {trainer.device} {str(trainer.dtype).removeprefix('torch.')}, seed {config.seed}"
     )
     run(trainer, folder if leader else None, display)
     if leader:
-        report(trainer, folder, device, display, quiet)
+        report(trainer, folder, display)
 
 
 def open_run(resume):
@@ -335,6 +343,10 @@ def open_run(resume):
     checkpoint = ebm_at.load_checkpoint(folder / "last.pt")
     if "training" not in checkpoint:
         raise RunError(f"'{folder / 'last.pt'}' holds a model only, not the state of a run")
+    try:
+        checkpoint["config"] = Config(**checkpoint["config"])
+    except (KeyError, TypeError) as error:
+        raise RunError(f"'{resume}' was made by another version: not resumed") from error
     return checkpoint, folder
 
 
@@ -371,9 +383,10 @@ def measure(trainer, folder, n):
     return measured
 
 
-def report(trainer, folder, device, display, quiet):
+def report(trainer, folder, display):
     """result.json, curves.png and the closing words of a run."""
     config = trainer.config
+    write_history(folder, display.rows)  # a run killed between its last save and here lacks a row
     n = min(config.test_size or len(trainer.data.x_test), len(trainer.data.x_test))
     with display.console.status(f"measuring the last and the best model on {n} test images"):
         last, best = measure(trainer, folder, n)
@@ -389,7 +402,8 @@ def report(trainer, folder, device, display, quiet):
         "verdict": verdict, "reason": reason, "alarms": trainer.alarms,
         "best": best, "last": last, "attack": attack,
         "seconds": {"training": train_seconds, "measuring": probe_seconds},
-        "device": device_name(device), "precision": str(trainer.dtype).removeprefix("torch."),
+        "device": device_name(trainer.device),
+        "precision": str(trainer.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "processes": ebm_at.world()[1], "versions": versions,
     }  # fmt: skip
     try:
@@ -415,7 +429,7 @@ def report(trainer, folder, device, display, quiet):
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
     words += f" {files}\nNext: {next_command(config, verdict)}"
     colour = "green" if verdict == "healthy" else "red"
-    console.print(Panel(words, title=f"verdict: {verdict}", border_style=colour), soft_wrap=False)
+    console.print(Panel(Text(words), title=f"verdict: {verdict}", border_style=colour))
 
 
 def device_name(device):
@@ -426,12 +440,24 @@ def device_name(device):
 
 
 def next_command(config, verdict):
-    """What a reader would like to try after this run."""
-    if config.method == "none":
-        return "the same with --method pgd"
-    if not config.der:
-        return "the same with --der"
-    return "the same with --method pgd" if verdict == "healthy" else "the same with a larger --beta"
+    """What a reader would like to try after this run, as a command that keeps its settings."""
+    change = {"der": True}
+    if config.method == "none" or (config.der and verdict == "healthy"):
+        change = {"method": "pgd", "der": False}
+    elif config.der:
+        change = {"beta": 2 * config.beta}
+    wanted = dataclasses.replace(config, **change)
+    usual = ebm_at.recipe(wanted.dataset, wanted.method)
+    words = ["python cli.py train"]
+    for f in dataclasses.fields(Config):
+        value = getattr(wanted, f.name)
+        same = value == getattr(Config() if f.name in ("dataset", "method") else usual, f.name)
+        if same or f.name == "data_dir":
+            continue
+        option = "--" + f.name.replace("_", "-")
+        text = f"{value * 255:g}/255" if f.name == "eps" else str(value)
+        words.append(option if value is True else f"{option} {text}")
+    return " ".join(words)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,7 +471,7 @@ def main():
     except (BadInput, RunError) as error:
         code = fail(error, 2 if isinstance(error, BadInput) else 1)
     except (KeyboardInterrupt, typer.Abort):
-        code = fail("stopped before anything was trained", 130)
+        code = fail("stopped; a run folder, if one was made, can be resumed with --resume", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own: an unknown option, a missing value
             raise

@@ -59,7 +59,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim import swa_utils
 
 
 class BadInput(ValueError):
@@ -95,7 +94,8 @@ def _opt(default, panel, note):
 class Config:
     """Every setting of a training run, with the default of the demonstration (shapes, FGSM).
 
-    `recipe` gives the defaults that suit another data set or method. All values are plain Python,
+    Skip it on first reading: each name is explained where it is used (sections 5 to 8). `recipe`
+    gives the defaults that suit another data set or method. All values are plain Python,
     so that a checkpoint can store them and be read without running any code.
     """
 
@@ -117,8 +117,9 @@ class Config:
     attack_bn: str = _opt("eval", "Method", "BatchNorm inside the training attack: eval or train")
     method_beta: float = _opt(6.0, "Method", "weight of the KL term of trades, mart and weat")
     der: bool = _opt(False, "Regularizers", "add the Delta Energy Regularizer")
-    beta: float = _opt(8.0, "Regularizers", "weight of DER: 8 holds at eps 20/255 here and at 16/255"
-                       " on CIFAR-10, where 2 fails; grow it with eps and epochs; 16 learns nothing")
+    beta: float = _opt(8.0, "Regularizers", "weight of DER: 8 holds at eps 20/255 here and at"
+                       " 16/255 on CIFAR-10, where 2 fails; grow it with eps and epochs, but 16"
+                       " learns nothing here")
     der_power: int = _opt(1, "Regularizers", "1: mean |dE|; 2: mean dE^2")
     grad_align: float = _opt(0.0, "Regularizers", "weight of GradAlign; 0 = off")
     awp: float = _opt(0.0, "Regularizers", "gamma of adversarial weight perturbation; 0 = off")
@@ -142,14 +143,14 @@ class Config:
 
 
 def pick_device(name="auto"):
-    """The torch.device called `name`; "auto" takes the first GPU there is, else the CPU.
+    """The torch.device called `name`; "auto" takes a CUDA GPU where there is one, else the CPU.
 
     Raises: RunError when the machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and dist.is_initialized():
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -177,7 +178,7 @@ def pick_precision(name, device):
 
 def autocast(device, dtype):
     """A context in which convolutions and matrix products run in `dtype`."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 # Several processes (torchrun) share one global batch: every process draws the SAME order, crops
@@ -188,9 +189,11 @@ def autocast(device, dtype):
 def start_processes(device="auto"):
     """Joins the processes that torchrun started; does nothing in a process started by hand."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        gpu = torch.cuda.is_available() and device != "cpu"
+        gpu, rank = torch.cuda.is_available() and device != "cpu", int(os.environ["LOCAL_RANK"])
+        if gpu and (device not in ("auto", "cuda") or rank >= torch.cuda.device_count()):
+            raise RunError("torchrun needs one GPU per process, chosen by --device auto")
         if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(rank)
         dist.init_process_group("nccl" if gpu else "gloo")
 
 
@@ -473,7 +476,10 @@ def _load_npz(path):
             wanted = f"must be {len(x)} integers, (N,) or (N, 1)"
             raise BadInput(f"'{path}' {split}_labels {wanted}, not {y.dtype} {y.shape}")
         splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
-    return splits, [str(k) for k in range(1 + max(splits["train"][1].tolist(), default=-1))]
+    top = max(splits["train"][1].tolist(), default=-1)
+    if top >= 100_000:
+        raise BadInput(f"'{path}' train_labels hold {top}: labels must count from 0 without gaps")
+    return splits, [str(k) for k in range(1 + top)]
 
 
 def _load_folder(path):
@@ -1163,7 +1169,9 @@ class OverfittingMonitor:
             and pgd_acc <= self.co_ratio * single
             and pgd_acc <= self.co_fall * self.best
         )
-        return struck * (
+        if not struck:
+            return ""
+        return (
             f"Catastrophic overfitting struck at {when}: PGD accuracy fell to {pgd_acc:.1%}"
             f" (best {self.best:.1%}) while single-step accuracy is"
             f" {single:.1%} (alarm when PGD keeps less than {self.co_ratio:.0%} of it);"
@@ -1181,7 +1189,9 @@ class OverfittingMonitor:
         best, train_then, when = self.peak
         limit = max(self.ro_drop, 1.5 * math.sqrt(best * (1 - best) / found["n"]))
         struck = best - pgd_acc >= limit and train_acc - train_then >= self.ro_rise
-        return struck * (
+        if not struck:
+            return ""
+        return (
             f"Robust overfitting by epoch {epoch}: PGD accuracy on held-out images fell from"
             f" {best:.1%} (around epoch {when}) to {pgd_acc:.1%} (alarm at"
             f" {100 * limit:.1f} points less) while on attacked training images it rose from"
@@ -1225,7 +1235,7 @@ def recipe(dataset="shapes", method="fgsm", **given):
         config.epochs, config.batch_size, config.probe_size = 30, 128, 1000
         digits = dataset in ("svhn", "mnist", "fashion-mnist")  # a mirrored digit is another sign
         config.augment = "crop" if digits else "crop-flip"
-        if METHODS[method].climbs == "ce":  # as published loops do; KL methods attack in eval mode
+        if METHODS[method].start != "gauss":  # as published; trades, mart, weat attack in eval mode
             config.attack_bn = "train"
         if METHODS[method].multi_step or method == "none":
             config.epochs, config.lr, config.schedule = 200, 0.1, "piecewise"
@@ -1236,6 +1246,8 @@ def recipe(dataset="shapes", method="fgsm", **given):
     if method == "mart":
         config.method_beta = 5.0
     config = dataclasses.replace(config, **given)
+    if "eps_warmup" not in given:
+        config.eps_warmup = min(config.eps_warmup, config.epochs / 4)
     check_config(config)
     return config
 
@@ -1264,6 +1276,12 @@ def check_config(config):
         raise BadInput(f"lr must be positive, not {config.lr}")
     if not (0 <= config.momentum < 1 and 0 <= config.ema < 1):
         raise BadInput("momentum and ema must lie in [0, 1)")
+    if config.seed >= 2**32:
+        raise BadInput(f"seed must be below 2**32, not {config.seed}")
+    if config.eps_warmup >= config.epochs:
+        raise BadInput(f"eps_warmup {config.eps_warmup:g} never ends within {config.epochs} epochs")
+    if config.compile and config.grad_align:
+        raise BadInput("grad_align needs second derivatives, which torch.compile lacks: drop one")
     if config.der_power not in (1, 2):
         raise BadInput(f"der_power must be 1 or 2, not {config.der_power}")
     if config.norm == "linf" and not 0 < config.eps <= 1:
@@ -1372,10 +1390,11 @@ def load_model(path, device="cpu"):
 
 def build_model(config, data):
     """The seeded model of a run, normalised by the mean and std of its training images."""
-    torch.manual_seed(config.seed)
     x = data.x_train[:10_000].float() / 255
     mean, std = x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).clamp_min(1e-3).tolist()
-    return make_model(config.model, len(data.classes), x.shape[1], mean, std, config.width)
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+        torch.manual_seed(config.seed)
+        return make_model(config.model, len(data.classes), x.shape[1], mean, std, config.width)
 
 
 class Trainer:
@@ -1398,20 +1417,20 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
-        self.ema = None
-        if config.ema:
-            average = swa_utils.get_ema_multi_avg_fn(config.ema)
-            self.ema = swa_utils.AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+        self.ema = copy.deepcopy(model) if config.ema else None
         self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
         self.verdict_now, self.reason = "healthy", ""  # of the last measurement; of the last alarm
         self.history, self.alarms, self.saved_epoch = [], [], 0
         self.best = {"val_pgd_acc": -1.0, "epoch": 0, **self.snapshot()}
         if resume:
-            self.restore(resume["training"])
+            try:
+                self.restore(resume["training"])
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                raise RunError("the checkpoint does not fit this run: not resumed") from error
 
     def judged(self):
         """The network that is measured and kept: the averaged one if there is one."""
-        return self.ema.module if self.ema else self.model
+        return self.ema or self.model
 
     def snapshot(self):
         """A copy of all tensors that training changes."""
@@ -1458,8 +1477,7 @@ class Trainer:
         best = {k: v for k, v in last.items() if k != "training"}
         weights = self.best["model"]
         if self.ema:
-            weights = {k.removeprefix("module."): v for k, v in self.best["ema"].items()}
-            del weights["n_averaged"]
+            weights = self.best["ema"]
         best |= {"epoch": self.best["epoch"], "model": weights}
         save_checkpoint(os.path.join(folder, "best.pt"), best)
         self.saved_epoch = self.epoch
@@ -1467,7 +1485,12 @@ class Trainer:
     def probe(self, split, size):
         """Measures the first `size` images of a split at the run's full eps."""
         x, y = getattr(self.data, f"x_{split}")[:size], getattr(self.data, f"y_{split}")[:size]
-        return evaluate(self.judged(), x, y, self.config.eps, 10, self.config.norm, self.dtype)
+        found = evaluate(self.judged(), x, y, self.config.eps, 10, self.config.norm, self.dtype)
+        if dist.is_initialized():  # all processes must decide alike: what rank 0 measured counts
+            values = torch.tensor(list(found.values()), device=self.device)
+            dist.broadcast(values, 0)
+            found = dict(zip(found, values.tolist()))
+        return found
 
     def step(self, rows, generator, at):
         """One step of SGD on the images `rows` (of the global batch), `at` a fraction of the run.
@@ -1503,8 +1526,17 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = lr_at(config, at)
         self.optimizer.step()
         if self.ema:
-            self.ema.update_parameters(self.model)
+            self.average_weights()
         return loss.detach(), (logits_adv.argmax(1) == y).sum()
+
+    @torch.no_grad()
+    def average_weights(self):
+        """Exponential moving average of weights and BatchNorm statistics: e <- d e + (1 - d) w."""
+        for kept, now in zip(self.ema.state_dict().values(), self.model.state_dict().values()):
+            if kept.is_floating_point():
+                kept.lerp_(now, 1 - self.config.ema)
+            else:
+                kept.copy_(now)  # BatchNorm's count of batches
 
     def run_epoch(self, on_progress=None):
         """Trains for one epoch and measures; yields a record per alarm and then the epoch's row.
@@ -1549,9 +1581,9 @@ class Trainer:
 
     def check_losses(self, losses):
         """Mean of the epoch's losses so far; refuses to go on once one of them is not finite."""
-        totals = torch.stack(losses).double()
+        totals = torch.stack(losses).float()
         sum_over_processes([totals])
-        totals = (totals / world()[1]).cpu()
+        totals = (totals / world()[1]).cpu().double()
         bad = (~totals.isfinite()).nonzero()
         if len(bad):
             step = int(bad[0])
@@ -1565,19 +1597,25 @@ class Trainer:
     def measure(self, loss, train_adv_acc, seconds, probing):
         """Measures all splits, asks the monitor, keeps the best; yields alarms and the row."""
         began, config = time.perf_counter(), self.config
+        lr = self.optimizer.param_groups[0]["lr"]  # before a rescue puts an older optimiser back
         val = self.probe("val", config.probe_size)  # the verdict rests on it: the largest
-        test = self.probe("test", -(-config.probe_size // 2))
-        train = self.probe("train", -(-config.probe_size // 4))
+        test = self.probe("test", math.ceil(config.probe_size / 2))
+        train = self.probe("train", math.ceil(config.probe_size / 4))
+        if not math.isfinite(val["energy"]):
+            raise RunError(
+                f"the weights became non-finite in epoch {self.epoch}; the last good checkpoint is"
+                " kept; try a lower lr or beta, or precision fp32"
+            )
         alarms = list(self.react(val, f"epoch {self.epoch}", train_adv_acc))
-        verdict = alarms[0]["verdict"] if alarms else self.verdict_now
         if not alarms and val["pgd_acc"] > self.best["val_pgd_acc"]:
             self.best = {"val_pgd_acc": val["pgd_acc"], "epoch": self.epoch, **self.snapshot()}
         row = {
-            "epoch": self.epoch, "lr": self.optimizer.param_groups[0]["lr"], "train_loss": loss,
+            "epoch": self.epoch, "lr": lr, "train_loss": loss,
             "train_adv_acc": train_adv_acc, **{k: v for k, v in test.items() if k in HISTORY},
             "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
             "val_delta_energy": val["delta_energy_pgd"],
-            "train_delta_energy": train["delta_energy_pgd"], "verdict": verdict, "seconds": seconds,
+            "train_delta_energy": train["delta_energy_pgd"], "verdict": self.verdict_now,
+            "seconds": seconds,
             "probe_seconds": probing + time.perf_counter() - began,
         }  # fmt: skip
         row = {k: row[k] for k in HISTORY}
@@ -1595,13 +1633,13 @@ class Trainer:
         if self.config.method == "none":  # no robustness to lose
             return
         single = 0.0 if METHODS[self.config.method].multi_step else train_adv_acc or 0.0
-        if self.epoch <= self.config.eps_warmup:  # it was measured at a smaller eps
+        if self.epoch < self.config.eps_warmup + 1:  # it was measured at a smaller eps
             single = 0.0
-        reason, self.verdict_now = self.monitor.catastrophic(found, when, single), "CO"
+        reason, verdict = self.monitor.catastrophic(found, when, single), "CO"
         if not reason and train_adv_acc is not None:
-            reason, self.verdict_now = self.monitor.robust(found, train_adv_acc, self.epoch), "RO"
+            reason, verdict = self.monitor.robust(found, train_adv_acc, self.epoch), "RO"
+        self.verdict_now = verdict if reason else "healthy"
         if not reason:
-            self.verdict_now = "healthy"
             return
         self.reason = reason
         told = [(alarm["verdict"], alarm["der"]) for alarm in self.alarms]
@@ -1639,17 +1677,17 @@ class Trainer:
     def verdict(self):
         """What to say of the whole run: ("healthy", "CO" or "RO", and a sentence why)."""
         if self.config.method == "none":
-            return "healthy", "Not trained adversarially: there is no robustness to lose."
+            return "healthy", "Not trained adversarially: there is no robustness to lose"
         for alarm in self.alarms:  # CO stays the verdict even where accuracy recovers; RO may pass
             ended = alarm["action"] in ("stop", "rollback")
             if ended or (alarm["verdict"] == "CO" and alarm["action"] == "continue"):
                 return alarm["verdict"], alarm["reason"]
         last = self.history[-1]
-        if last["verdict"] == "RO":
-            return "RO", self.reason
+        if last["verdict"] != "healthy":
+            return last["verdict"], self.reason
         rescues = [f"{a['reason']}. DER was switched on. " for a in self.alarms if not a["der"]]
         rescue = rescues[0] if self.config.der and rescues else ""
-        return last["verdict"], (
+        return "healthy", (
             f"{rescue}Healthy: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
             f" (best {self.best['val_pgd_acc']:.1%}), FGSM accuracy {last['val_fgsm_acc']:.1%},"
             f" delta energy under PGD {last['val_delta_energy']:+.2f}"

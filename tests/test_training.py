@@ -288,6 +288,9 @@ def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(data, 
         (dict(on_overfit="panic"), "unknown on_overfit"),
         (dict(method="none", der=True), "'none' makes no adversarial images"),
         (dict(momentum=1.0), "momentum"),
+        (dict(seed=2**32), "seed must be below"),
+        (dict(eps_warmup=3.0, epochs=3), "never ends"),
+        (dict(compile=True, grad_align=0.2), "second derivatives"),
     ],
 )
 def test_recipe_refuses(settings, words):

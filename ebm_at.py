@@ -7,11 +7,13 @@ difference of the two,
 
     cross-entropy(x, y) = E(x, y) - E(x),
 
-so an attack that raises the loss must raise E(x, y), lower E(x), or both. How much it moves E(x)
-is the DELTA ENERGY, dE(x) = E(x) - E(x*), where x* is the adversarial twin of x. In healthy
-adversarial training dE stays near zero. It shoots up when single-step training collapses
-(catastrophic overfitting, CO) and creeps up when multi-step training overfits (robust overfitting,
-RO). The Delta Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both back.
+so an attack that raises the loss must raise E(x, y), lower E(x), or both. Adversarial training
+minimises the loss at x*, the worst point an attack finds within eps of x. FGSM finds it in ONE
+gradient step (single-step, cheap), PGD in several (multi-step, stronger). How much the attack moves
+E(x) is the DELTA ENERGY, dE(x) = E(x) - E(x*). In healthy adversarial training it stays within about
+one nat of zero. When single-step training collapses against PGD (catastrophic overfitting, CO), |dE|
+jumps to several nats; when multi-step training overfits (robust overfitting, RO), dE creeps up. The
+Delta Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both back.
 
 Notation (N images, C channels, K classes)
 
@@ -368,8 +370,7 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
     """Loads a data set and splits it into train, validation and test.
 
     The validation split is held out of the training images (stratified, seeded) unless the data
-    bring
-    one: the best epoch is chosen there, never on test.
+    bring one: the best epoch is chosen there, never on test.
 
     Args:
         name: one of DATASETS; a path to an .npz with MedMNIST's keys (train_images (N, H, W) or

@@ -58,7 +58,9 @@ def test_training_lowers_its_own_loss(data, method):
     trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
     trainer.model.train()
     batch = torch.arange(20)
-    losses = [trainer.step(batch, torch.Generator().manual_seed(0), 0.1)[0].item() for _ in range(15)]
+    losses = [
+        trainer.step(batch, torch.Generator().manual_seed(0), 0.1)[0].item() for _ in range(15)
+    ]
     assert losses[-1] < 0.9 * losses[0]
 
 
@@ -113,7 +115,9 @@ def test_resume_equals_uninterrupted(data, tmp_path, extra, stop_after):
     if not stop_after:
         ebm_at.Trainer(config, data, ebm_at.build_model(config, data)).save(tmp_path)
     run.close()
-    again = ebm_at.build_model(dataclasses.replace(config, seed=99), data)  # its weights must not matter
+    again = ebm_at.build_model(
+        dataclasses.replace(config, seed=99), data
+    )  # its weights must not matter
     checkpoint = ebm_at.load_checkpoint(tmp_path / "last.pt")
     got = got + list(ebm_at.train(config, data, again, folder=tmp_path, resume=checkpoint))
     assert same(rows(got), wanted)
@@ -175,7 +179,9 @@ def test_monitor_keeps_quiet_on_healthy_runs(history):
 def test_monitor_robust_overfitting_needs_decay_and_rising_training_accuracy():
     def verdict(pgd, train):
         monitor = ebm_at.OverfittingMonitor()
-        return [monitor.robust(found(0.5, p, 0.2), t, i + 1) for i, (p, t) in enumerate(zip(pgd, train))][-1]
+        return [
+            monitor.robust(found(0.5, p, 0.2), t, i + 1) for i, (p, t) in enumerate(zip(pgd, train))
+        ][-1]
 
     decaying, rising = [0.3, 0.3, 0.3, 0.2, 0.2, 0.2], [0.3, 0.35, 0.4, 0.6, 0.8, 0.9]
     reason = verdict(decaying, rising)
@@ -216,7 +222,9 @@ def test_reactions(data, tmp_path, reaction, epochs, back, der):
     assert alarms[0]["back_to_epoch"] == back
     assert len(trainer.history) == epochs and trainer.config.der is der
     kept = all(torch.equal(states[2][k], states[1][k]) for k in states[1])
-    assert kept == (reaction in ("rollback", "der")), "the best state comes back, only when asked to"
+    assert kept == (reaction in ("rollback", "der")), (
+        "the best state comes back, only when asked to"
+    )
     assert trainer.verdict()[0] == ("healthy" if reaction == "der" else "CO")
     assert ebm_at.load_checkpoint(tmp_path / "last.pt")["training"]["finished"]
     assert not config.der, "the caller's config is not changed"

@@ -145,6 +145,7 @@ def draw_curves(folder, rows):
         return
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     epochs = [r["epoch"] for r in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
@@ -159,10 +160,13 @@ def draw_curves(folder, rows):
         ("delta_energy_pgd", "PGD, test", "-o"),
         ("train_delta_energy", "PGD, train", "--"),
         ("delta_energy_fgsm", "FGSM, test", ":"),
+        ("abs_delta_energy_pgd", "PGD, test, |.|", "-."),
     ):
         right.plot(epochs, [r[key] for r in rows], style, label=label, markersize=3)
     right.axhline(0, color="grey", linewidth=0.5)
     right.set(xlabel="epoch", ylabel="delta energy E(x) - E(x*), nats")
+    for axes in (left, right):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
     right.legend()
     figure.savefig(folder / "curves.png", dpi=120)
@@ -447,7 +451,8 @@ def next_command(config, verdict):
     elif config.der:
         change = {"beta": 2 * config.beta}
     wanted = dataclasses.replace(config, **change)
-    usual = ebm_at.recipe(wanted.dataset, wanted.method)
+    usual = ebm_at.recipe(wanted.dataset, wanted.method, epochs=wanted.epochs)
+    usual.epochs = ebm_at.recipe(wanted.dataset, wanted.method).epochs
     words = ["python cli.py train"]
     for f in dataclasses.fields(Config):
         value = getattr(wanted, f.name)

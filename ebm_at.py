@@ -10,10 +10,11 @@ difference of the two,
 so an attack that raises the loss must raise E(x, y), lower E(x), or both. Adversarial training
 minimises the loss at x*, the worst point an attack finds within eps of x. FGSM finds it in ONE
 gradient step (single-step, cheap), PGD in several (multi-step, stronger). How much the attack moves
-E(x) is the DELTA ENERGY, dE(x) = E(x) - E(x*). In healthy adversarial training it stays within about
-one nat of zero. When single-step training collapses against PGD (catastrophic overfitting, CO), |dE|
-jumps to several nats; when multi-step training overfits (robust overfitting, RO), dE creeps up. The
-Delta Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both back.
+E(x) is the DELTA ENERGY, dE(x) = E(x) - E(x*). In healthy adversarial training it stays within
+about one nat of zero. When single-step training collapses against PGD (catastrophic overfitting,
+CO), |dE| jumps to several nats; when multi-step training overfits (robust overfitting, RO), dE
+creeps up. The Delta Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both
+back.
 
 Notation (N images, C channels, K classes)
 

@@ -400,7 +400,7 @@ def report(trainer, folder, display):
     attack = {"name": "PGD-10", "norm": config.norm, "eps": config.eps, "step": config.eps / 4}
     attack |= {"restarts": 1, "start": "random", "n": n, "split": "test", "precision": "fp32"}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"numpy": numpy.__version__, "platform": platform.platform()}
+    versions |= {"numpy": numpy.__version__, "platform": platform.system()}
     result = {
         "dataset": config.dataset, "method": config.method, "der": config.der, "seed": config.seed,
         "verdict": verdict, "reason": reason, "alarms": trainer.alarms,

@@ -172,7 +172,7 @@ def pick_precision(name, device):
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # the probe is private in torch 2.6-2.13, hence the guard
+        else:  # the probe is private, hence the guard
             probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
             fast = device.type == "cpu" and probe()
         name = "bf16" if fast else "fp32"
@@ -1212,7 +1212,7 @@ PRESETS = {
     # 2020).
     "ro": dict(dataset="shapes", method="pgd", limit=200, width=32, eps=16 / 255, eps_warmup=0.0,
                attack_steps=5, batch_size=50, lr=0.1, schedule="piecewise", epochs=80,
-               probe_size=200, test_size=1000, beta=2.0),
+               probe_size=200, test_size=1000, beta=4.0),
 }  # fmt: skip
 REACTIONS = ["continue", "stop", "rollback", "der"]
 HISTORY = [  # the columns of history.csv, in order; accuracies in [0, 1], energies in nats

@@ -120,9 +120,9 @@ class Config:
     attack_bn: str = _opt("eval", "Method", "BatchNorm inside the training attack: eval or train")
     method_beta: float = _opt(6.0, "Method", "weight of the KL term of trades, mart and weat")
     der: bool = _opt(False, "Regularizers", "add the Delta Energy Regularizer")
-    beta: float = _opt(8.0, "Regularizers", "weight of DER: 8 holds at eps 20/255 here and at"
-                       " 16/255 on CIFAR-10, where 2 fails; grow it with eps and epochs, but 16"
-                       " learns nothing here")
+    beta: float = _opt(8.0, "Regularizers", "weight of DER: 8 held at eps 20/255 here and at"
+                       " 16/255 on CIFAR-10, where 2 failed; grow it with eps and epochs, but too"
+                       " large it stops learning")
     der_power: int = _opt(1, "Regularizers", "1: mean |dE|; 2: mean dE^2")
     grad_align: float = _opt(0.0, "Regularizers", "weight of GradAlign; 0 = off")
     awp: float = _opt(0.0, "Regularizers", "gamma of adversarial weight perturbation; 0 = off")

@@ -1316,9 +1316,8 @@ def eps_at(config, epochs_done):
     Why: in the first steps the landscape is rough and the full eps carries single-step training
     straight into collapse, with DER too; grown into, it does not (README, "DER").
     """
-    return (
-        config.eps * min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else config.eps
-    )
+    warmth = min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0
+    return config.eps * warmth
 
 
 def training_loss(model, x, y, x_adv, noise, config):
@@ -1421,6 +1420,7 @@ class Trainer:
         )
         self.ema = copy.deepcopy(model) if config.ema else None
         self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
+        self.schedule_start = 0  # the epoch from which the learning rate counts; a rescue moves it
         self.verdict_now, self.reason = "healthy", ""  # of the last measurement; of the last alarm
         self.history, self.alarms, self.saved_epoch = [], [], 0
         self.best = {"val_pgd_acc": -1.0, "epoch": 0, **self.snapshot()}
@@ -1457,6 +1457,7 @@ class Trainer:
         self.epoch, self.finished = saved["epoch"], saved["finished"]
         self.saved_epoch = self.epoch
         self.config.der, self.reason = saved["der"], saved["reason"]
+        self.schedule_start = saved["schedule_start"]
 
     def checkpoint(self):
         """What last.pt holds: enough to use the model, and enough to go on as if never stopped."""
@@ -1468,7 +1469,7 @@ class Trainer:
                 "now": self.snapshot(), "best": self.best, "history": self.history,
                 "monitor": dataclasses.asdict(self.monitor), "alarms": self.alarms,
                 "epoch": self.epoch, "finished": self.finished, "der": self.config.der,
-                "reason": self.reason,
+                "reason": self.reason, "schedule_start": self.schedule_start,
             },
         }  # fmt: skip
 
@@ -1500,7 +1501,8 @@ class Trainer:
         Returns: (loss, number of x* classified correctly), tensors: reading them would stall a GPU.
         """
         config, model = self.config, self.net
-        eps = eps_at(config, at * config.epochs)
+        epochs_done = at * config.epochs
+        eps = eps_at(config, epochs_done)
         x = augment(self.data.x_train[rows], config.augment, generator).float() / 255
         start = share(attack_start(x, config.method, eps, config.norm, generator))
         noise = share(random_noise(x, eps, config.norm, generator)) if config.grad_align else None
@@ -1525,7 +1527,9 @@ class Trainer:
         sum_over_processes(gradients)
         if world()[1] > 1:
             torch._foreach_div_(gradients, world()[1])
-        self.optimizer.param_groups[0]["lr"] = lr_at(config, at)
+        restarted = epochs_done - self.schedule_start
+        lr = lr_at(config, restarted / (config.epochs - self.schedule_start))
+        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         if self.ema:
             self.average_weights()
@@ -1649,11 +1653,13 @@ class Trainer:
             return
         action, der = self.config.on_overfit, self.config.der
         if action == "der" and self.config.der:
-            action = "continue"  # DER is on already: nothing left to switch on
+            action = "rollback"  # DER is on already and did not hold: keep the best there was
         if action in ("rollback", "der"):
             self.load_snapshot(self.best)
         if action == "der":
-            self.config.der = True
+            # DER's full weight at a high learning rate would undo what was learnt: the schedule
+            # starts anew, over the epochs that are left.
+            self.config.der, self.schedule_start = True, self.epoch
             self.monitor = OverfittingMonitor()
         self.finished = action in ("stop", "rollback")
         alarm = {"kind": "alarm", "verdict": self.verdict_now, "epoch": self.epoch, "when": when}

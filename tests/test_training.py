@@ -244,6 +244,27 @@ def test_alarm_inside_an_epoch_stops_there(data, tmp_path):
     assert len(trainer.history) == 1 and trainer.verdict()[0] == "CO"
 
 
+def test_rescue_restarts_the_schedule_and_gives_up_when_der_fails_too(data, tmp_path):
+    """Healthy, collapse, healthy with DER, collapse again: the best state comes back, and stop."""
+
+    class CollapsingTwice(ebm_at.Trainer):
+        def probe(self, split, size):
+            bad = self.epoch in (2, 4)
+            return super().probe(split, size) | (found(0.6, 0.0) if bad else found(0.3, 0.2))
+
+    config = ebm_at.recipe(on_overfit="der", **TINY | dict(epochs=6))
+    trainer = CollapsingTwice(config, data, ebm_at.build_model(config, data))
+    records = list(trainer.run(tmp_path))
+    actions = [r["action"] for r in records if r["kind"] == "alarm"]
+    assert actions == ["der", "rollback"] and len(trainer.history) == 4
+    # 5 steps an epoch; the last step of epoch 3 lies at 4/5 of the first of 4 epochs that are left
+    progress = (4 / 5) / 4
+    assert trainer.history[2]["lr"] == pytest.approx(config.lr * progress / 0.4)
+    assert trainer.verdict()[0] == "CO"
+    best = ebm_at.load_checkpoint(tmp_path / "best.pt")["model"]
+    assert all(torch.equal(v, best[k]) for k, v in trainer.model.state_dict().items())
+
+
 def test_rescue_survives_a_resume(data, tmp_path):
     """DER switched on by the alarm stays on after a restart, and the numbers stay the same."""
     config = ebm_at.recipe(on_overfit="der", **TINY | dict(epochs=4))

@@ -1,0 +1,113 @@
+"""The notebooks: their code cells, in order, in a fresh process and a short mode; then their claims.
+
+Each claim below is an expression over the names that the notebook's cells have defined: what its prose
+says, looked up in what its code computed.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TUTORIALS = Path(__file__).resolve().parent.parent / "tutorials"
+NOTEBOOKS = sorted(path.name for path in TUTORIALS.glob("*.ipynb"))
+
+CLAIMS = {
+    "1_energies.ipynb": [
+        "gap.abs().max() < 1e-4",  # the identity on random logits
+        "toy[0]['accuracy'] > 0.99 and toy[0]['under PGD'] < 0.6",  # right, and helpless
+        "toy[1]['under PGD'] > 0.85 and toy[1]['accuracy'] < toy[0]['accuracy']",
+        "toy[0]['slope of E, 2nd'] > 3 * toy[0]['slope of E, 1st']",
+        "toy[1]['slope of E, 2nd'] < 0.3 * toy[0]['slope of E, 2nd']",
+        "toy[1]['mean |dE|'] < 0.5 * toy[0]['mean |dE|']",
+        "all(row['E(edge) - E(data)'] < 0 for row in toy)",
+        "max(map(abs, rise)) < 1e-3",  # the identity on attacked images
+        "energies['ordinary']['pgd']['delta_energy'] > 0",
+        "energies['ordinary']['pgd']['accuracy'] < 0.05",
+        "energies['ordinary']['pgd-t-least']['delta_energy']"
+        " < energies['ordinary']['pgd']['delta_energy']",
+        "energies['robust']['pgd']['delta_energy'] < 0",
+        "all(row['delta_energy_xy'] < 0 for name, row in energies['robust'].items()"
+        " if name not in ('natural', 'energy-down'))",
+        "all(max(t, key=lambda name: t[name]['energy']) == 'energy-up' for t in energies.values())",
+        "all(min(t, key=lambda name: t[name]['energy']) == 'energy-down' for t in energies.values())",
+    ],
+    "2_catastrophic_overfitting.ipynb": [
+        "plain[-1]['train_loss'] < 0.7 * max(row['train_loss'] for row in plain)",
+        "final[0]['FGSM'] > 0.6 and final[0]['PGD-10'] < 0.08",  # the collapse
+        "last['abs_delta_energy_pgd'] > 1.5 * best['abs_delta_energy_pgd']",
+        "final[1]['PGD-10'] > 2 * final[0]['PGD-10'] and final[1]['|dE| PGD'] < 0.3",  # DER
+        "sum(row['|dE| > 2 nats, from epoch'] < row['alarm (accuracies), epoch'] for row in early) >= 3",
+        "(logits.grad.sum() + logits_adv.grad.sum()).abs() < 1e-6",  # the two softmaxes cancel
+        "{row['training']: row['PGD-10'] > 0.15 for row in sweep if row['training'][:3] == 'DER'}"
+        " == {'DER .5': False, 'DER 2': False, 'DER 6': True, 'DER 8': True}",
+    ],
+    "3_robust_overfitting.ipynb": [
+        "ends(plain)['train, last'] > ends(plain)['last'] + 0.2",  # the gap between train and held out
+        "ends(plain)['dE, last'] > ends(plain)['dE, best']",
+        "abs(ends(der)['dE, last']) < 0.2",
+        "all(compared[s]['drop (points)'] > 4 for s in range(3))",
+        "all(compared[3 + s]['drop (points)'] <= compared[s]['drop (points)'] / 2 for s in range(3))",
+        "all(compared[3 + s]['best'] >= compared[s]['best'] for s in range(3))",
+    ],
+    "4_generation.ipynb": [
+        "all(f['FD'] > 5 * m['FD'] for f, m in zip(rows[::2], rows[1::2]))",  # fixed against mean
+        "all(f['E(x, y)'] < real_energy - 5 for f in rows[::2])",  # far below real images
+        "all(m['mean steps'] < 15 for m in rows[1::2])",
+        "rows[1]['FD'] > 5 * max(rows[5]['FD'], rows[7]['FD'])",  # noise against PCA
+        "by_temperature[0]['precision'] > by_temperature[-1]['precision']",
+        "by_temperature[0]['recall'] < by_temperature[-1]['recall']",
+        "by_quantile[-1]['FD'] > 3 * by_quantile[1]['FD']",
+        "by_temperature[0]['nearest'] < real_nearest and by_temperature[0]['nearest'] > 0",
+    ],
+}
+
+
+def code_of(name):
+    """A notebook's code cells as one program."""
+    cells = json.loads((TUTORIALS / name).read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_runs_in_a_fresh_process_and_keeps_its_claims(name):
+    claims = "".join(
+        f"\nif not ({claim}):\n    raise SystemExit('not so: ' + {claim!r})"
+        for claim in CLAIMS[name]
+    )
+    environment = os.environ | {"EBM_AT_SHORT": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-"],
+        input=code_of(name) + claims,
+        cwd=TUTORIALS,
+        env=environment | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_there_are_four_notebooks_each_with_claims():
+    assert NOTEBOOKS == sorted(CLAIMS) and all(CLAIMS.values())
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_notebook_imports_only_what_the_project_installs(name):
+    allowed = {"torch", "numpy", "rich", "ebm_at", "show"} | sys.stdlib_module_names
+    for node in ast.walk(ast.parse(code_of(name))):
+        modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert {m.partition(".")[0] for m in modules} <= allowed
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_outputs_are_stored(name):
+    cells = json.loads((TUTORIALS / name).read_text(encoding="utf-8"))["cells"]
+    outputs = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert not any(o["output_type"] == "error" for o in outputs)

@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -544,7 +545,9 @@ def attack(
     if not model_from:
         x = x.contiguous(memory_format=torch.channels_last)
     ebm_at.check_attack(x, y, eps, norm)
-    ebm_at.check_model(model, x, y)
+    classes = ebm_at.check_model(model, x, y).shape[1]
+    for name in names if attacks else ():
+        ebm_at.find_attack(name, classes)
     folder = make_attack_folder(out, path)
     told = {
         "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data.name,
@@ -570,6 +573,8 @@ def attack(
         report_attacks(display.rows, told | {"complete": False}, folder)
         print("\nstopped: the table above is what was done", file=sys.stderr)
         raise typer.Exit(130) from None
+    except torch.OutOfMemoryError as error:
+        raise RunError("out of memory on the device: lower --batch-size") from error
     signs = ebm_at.masking_signs(model, x, y, eps, norm, found["rows"])
     told |= {k: found[k] for k in ("clean_acc", "robust_acc")} | {"warnings": signs}
     report_attacks(found["rows"], told | {"complete": True}, folder)
@@ -630,9 +635,11 @@ def find_checkpoint(checkpoint):
 
 def read_state_dict(path):
     """The tensors of a plain state_dict; None for every other file, damaged ones included."""
+    if not zipfile.is_zipfile(path):  # load_model says what is wrong with it
+        return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # load_model says what is wrong with it
+    except Exception:
         return None
     plain = isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values())
     return {k.removeprefix("module."): v for k, v in state.items()} if plain else None

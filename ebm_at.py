@@ -981,10 +981,10 @@ def _has_fallen(model, x_adv, y, logits):
 
 def _checkpoints(steps):
     """The steps at which apgd reconsiders its step size: 22, 41, 57, 70 ... of 100."""
-    at, gap, found = 0.22, 0.22, []
-    while at <= 1:
-        found.append(math.ceil(at * steps))
-        gap = max(gap - 0.03, 0.06)
+    at, gap, found = 22, 22, []  # percent
+    while at <= 100:
+        found.append(math.ceil(at * steps / 100))
+        gap = max(gap - 3, 6)
         at += gap
     return found
 
@@ -1233,13 +1233,15 @@ SUITES = {
 }  # fmt: skip
 
 
-def find_attack(name):
-    """The Attack called `name`, one of ATTACKS or pgd-t-<class>, "push every image to that class".
+def find_attack(name, classes=math.inf):
+    """The Attack called `name`: one of ATTACKS, or pgd-t-3, which pushes every image to class 3.
 
-    Raises: BadInput.
+    Raises: BadInput, also for a class that a model of so many `classes` lacks.
     """
     head, _, number = name.rpartition("-")
     if head == "pgd-t" and number.isdecimal():
+        if int(number) >= classes:
+            raise BadInput(f"'{name}': the model has the classes 0 to {classes - 1} only")
         return dataclasses.replace(ATTACKS["pgd"], target=int(number))
     check_choice("attack", name, ATTACKS)
     return ATTACKS[name]
@@ -1261,16 +1263,14 @@ def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
         options["generator"] = generator
     if attack.target is not None:
         logits, options["targeted"] = exact_logits(model, x), True
-        k = logits.shape[1]
         if attack.target == "least":
             y = logits.scatter(1, y[:, None], math.inf).argmin(1)
         elif attack.target == "random":  # another class, drawn once for every class
+            k = logits.shape[1]
             away = torch.randint(1, k, (k,), generator=generator, device=x.device)
             y = (y + away[y]) % k
-        elif attack.target < k:
-            y = torch.full_like(y, attack.target)
         else:
-            raise BadInput(f"'{name}': the model has the classes 0 to {k - 1} only")
+            y = torch.full_like(y, attack.target)
     return attack.function(model, x, y, eps, norm=norm, **options)
 
 
@@ -1364,9 +1364,9 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
     if isinstance(suite, str):
         check_choice("suite", suite, SUITES)
     names = SUITES[suite] if isinstance(suite, str) else suite
-    attacks = {name: find_attack(name) for name in names}
     dtype, began = pick_precision(precision, x.device), time.perf_counter()
     clean = check_model(model, x, y)
+    attacks = {name: find_attack(name, clean.shape[1]) for name in names}
     fallen, worst = clean.argmax(1) != y, x.clone()
     row = {"worst": (~fallen).float().mean().item(), "gradients": 0.0, "queries": 1.0}
     row["seconds"] = time.perf_counter() - began

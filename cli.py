@@ -4,12 +4,16 @@ python cli.py train --help
 """
 
 import dataclasses
+import hashlib
+import importlib
 import inspect
+import itertools
 import json
 import os
 import platform
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -463,6 +467,400 @@ def next_command(config, verdict):
         text = f"{value * 255:g}/255" if f.name == "eps" else str(value)
         words.append(option if value is True else f"{option} {text}")
     return " ".join(words)
+
+
+# --------------------------------------------------------------------------------------------------
+# attack
+# --------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Commands")
+def attack(
+    checkpoint: Annotated[
+        Optional[str],
+        typer.Argument(help="a .pt file or a run folder; default best.pt of the newest run"),
+    ] = None,
+    suite: Annotated[
+        str, typer.Option(help="quick, standard (robust accuracy), energy (what moves E), or all")
+    ] = "standard",
+    attacks: Annotated[
+        Optional[str], typer.Option(help="instead of a suite, such as fgsm,pgd,square,pgd-t-3")
+    ] = None,
+    eps: Annotated[Optional[str], typer.Option(help="radius, 8/255; default: the run's")] = None,
+    norm: Annotated[Optional[str], typer.Option(help="linf or l2; default: the run's")] = None,
+    steps: Annotated[
+        Optional[int], typer.Option(help="of PGD (20) and APGD (100, energy-up 40)")
+    ] = None,
+    queries: Annotated[int, typer.Option(help="of Square")] = 5000,
+    limit: Annotated[int, typer.Option(help="images, taken evenly; 0 = all of the split")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="images at a time")] = 500,
+    seed: Annotated[int, typer.Option(help="of all that is random in the attacks")] = 0,
+    split: Annotated[str, typer.Option(help="test, val, or train")] = "test",
+    dataset: Annotated[Optional[str], typer.Option(help="default: the run's; see train")] = None,
+    data_dir: Annotated[Optional[str], typer.Option(help="where its files lie")] = None,
+    model_from: Annotated[
+        Optional[str],
+        typer.Option(help="MODULE:FUNCTION that returns an nn.Module: [0, 1] images to logits"),
+    ] = None,
+    out: Annotated[
+        Optional[str], typer.Option(help="new folder; default attack-<n> beside the checkpoint")
+    ] = None,
+    save: Annotated[
+        Optional[str], typer.Option(help="write the worst-case images there, as float tensors")
+    ] = None,
+    save_png: Annotated[
+        Optional[str], typer.Option(help="new folder for the same as 8-bit PNGs")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="of the search: auto, bf16, or fp32; judged in fp32 always")
+    ] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the result")] = False,
+):
+    """Attack a classifier: how robust is it really, and where does each attack move its energies?
+
+    Takes data, eps and norm from the run that made the checkpoint. [bold]--suite standard[/] is
+    APGD-CE, targeted APGD and Square, image by image the worst; [bold]--suite energy[/] shows a
+    dozen attacks on the same images.
+    """
+    names = suite if attacks is None else [name.strip() for name in attacks.split(",")]
+    check_attack_options(names, limit=limit, steps=steps, queries=queries, batch_size=batch_size,
+                         seed=seed, split=split, precision=precision)  # fmt: skip
+    for path in (p for p in (out, save, save_png) if p and Path(p).exists()):
+        raise RunError(f"'{path}' exists: nothing was touched; name a new one")
+    where = ebm_at.pick_device(device)
+    model, config, path = open_model(checkpoint, model_from, dataset, where)
+    if dataset:
+        config.dataset = dataset
+    if norm not in (None, config.norm) and eps is None:
+        raise BadInput(f"--norm {norm} needs --eps too: the run's eps is measured in {config.norm}")
+    eps, norm = config.eps if eps is None else parse_eps(eps), norm or config.norm
+    data = ebm_at.load_data(
+        config.dataset, data_dir or config.data_dir, config.limit, config.val_fraction
+    )
+    x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
+    n = min(limit or len(y), len(y))
+    rows = torch.arange(n) * len(y) // n  # evenly: the images of a folder come class by class
+    x, y = x[rows].to(where).float() / 255, y[rows].to(where)
+    if not model_from:
+        x = x.contiguous(memory_format=torch.channels_last)
+    ebm_at.check_attack(x, y, eps, norm)
+    classes = ebm_at.check_model(model, x, y).shape[1]
+    for name in names if attacks else ():
+        ebm_at.find_attack(name, classes)
+    folder = make_attack_folder(out, path)
+    told = {
+        "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data.name,
+        "split": split, "n": n, "eps": eps, "norm": norm, "suite": names, "steps": steps,
+        "queries": queries, "seed": seed, "precision": precision, "device": device_name(where),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    say(
+        f"{told['checkpoint']} on {n} {split} images of {data.name}, eps {eps_text(eps, norm)}"
+        f" ({norm}), {told['device']}",
+        quiet,
+    )
+    settings = {"queries": queries} | ({"steps": steps} if steps else {})
+    display = AttackDisplay(names, settings, quiet)
+    try:
+        with display.progress:
+            found = ebm_at.robust_accuracy(
+                model, x, y, eps, names, norm, seed=seed, batch_size=batch_size,
+                precision=precision, on_progress=display.on_progress, **settings,
+            )  # fmt: skip
+            display.finish(found["rows"])
+    except KeyboardInterrupt:
+        report_attacks(display.rows, told | {"complete": False}, folder)
+        print("\nstopped: the table above is what was done", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except torch.OutOfMemoryError as error:
+        raise RunError("out of memory on the device: lower --batch-size") from error
+    signs = ebm_at.masking_signs(model, x, y, eps, norm, found["rows"])
+    told |= {k: found[k] for k in ("clean_acc", "robust_acc")} | {"warnings": signs}
+    report_attacks(found["rows"], told | {"complete": True}, folder)
+    for sign in signs:
+        say(f"WARNING  {sign}", style="bold red")
+    save_adversarial(model, found, y, save, save_png)
+
+
+def check_attack_options(names, *, split, precision, seed, **numbers):
+    """Refuses what cannot work before anything is loaded. Raises: BadInput."""
+    ebm_at.check_choice("split", split, ("train", "val", "test"))
+    ebm_at.check_choice("precision", precision, ("auto", "bf16", "fp32"))
+    if isinstance(names, str):
+        ebm_at.check_choice("suite", names, ebm_at.SUITES)
+    else:
+        for name in names:
+            ebm_at.find_attack(name)
+    if not 0 <= seed < 2**32:
+        raise BadInput(f"--seed must lie in 0 .. 2**32 - 1, not {seed}")
+    for name, value in numbers.items():
+        if value is not None and value < (name != "limit"):
+            raise BadInput(f"--{name.replace('_', '-')} is too small: {value}")
+
+
+def open_model(checkpoint, model_from, dataset, device):
+    """(model in eval mode, the Config it was trained with or the recipe's, path or None).
+
+    Raises: BadInput, RunError.
+    """
+    if model_from:
+        if checkpoint:
+            raise BadInput("give a checkpoint or --model-from, not both")
+        model, path = import_model(model_from).to(device).eval(), None
+    else:
+        path = find_checkpoint(checkpoint)
+        state = read_state_dict(path)
+        if state is None:
+            model, found = ebm_at.load_model(path, device)
+            known = {f.name for f in dataclasses.fields(Config)}
+            settings = {k: v for k, v in found.get("config", {}).items() if k in known}
+            return model, Config(**settings), path
+        model = model_of(state, path).to(device).eval()
+    if not dataset:
+        raise BadInput("this model does not say what it was trained on: give --dataset")
+    return model, ebm_at.recipe(dataset), path
+
+
+def find_checkpoint(checkpoint):
+    """The file meant by an argument; without one, best.pt of the newest run. Raises: RunError."""
+    if checkpoint is None:
+        runs = sorted(Path("runs").glob("*/best.pt"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise RunError("no run under runs/: train one first, or name a checkpoint")
+        return runs[-1]
+    path = Path(checkpoint)
+    return path / "best.pt" if path.is_dir() else path
+
+
+def read_state_dict(path):
+    """The tensors of a plain state_dict; None for every other file, damaged ones included."""
+    if not zipfile.is_zipfile(path):  # load_model says what is wrong with it
+        return None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        return None
+    plain = isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values())
+    return {k.removeprefix("module."): v for k, v in state.items()} if plain else None
+
+
+def model_of(state, path):
+    """One of our networks for a state_dict, its kind told from the shapes. Raises: RunError."""
+    try:
+        blocks = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+        name = {4: "small", 8: "preactresnet18", 12: "wrn-28-10", 15: "wrn-34-10"}[blocks]
+        width, channels = state["stem.weight"].shape[:2]
+        model = ebm_at.make_model(name, len(state["head.bias"]), channels, width=width)
+        model.load_state_dict(state)
+    except (KeyError, ValueError, IndexError, RuntimeError) as error:
+        known = ", ".join(ebm_at.MODELS)
+        raise RunError(
+            f"'{path}' holds the weights of none of our networks ({known}); for another one write"
+            " a function that returns it and use --model-from"
+        ) from error
+    return model
+
+
+def import_model(spec):
+    """Calls the function named MODULE:FUNCTION. Raises: BadInput, RunError."""
+    module, _, function = spec.partition(":")
+    if not (module and function):
+        raise BadInput(f"--model-from '{spec}' must look like MODULE:FUNCTION")
+    sys.path.insert(0, os.getcwd())
+    try:
+        model = getattr(importlib.import_module(module), function)()
+    except Exception as error:  # whatever a stranger's code raises
+        raise RunError(f"--model-from '{spec}': {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(model, torch.nn.Module):
+        raise BadInput(f"--model-from '{spec}' returned {type(model).__name__}, not an nn.Module")
+    return model
+
+
+def make_attack_folder(out, checkpoint):
+    """Creates and returns `out`, or the next free attack-<n> beside the checkpoint (or in runs/).
+
+    Raises: RunError.
+    """
+    beside = checkpoint.parent if checkpoint else Path("runs")
+    free = (beside / f"attack-{n}" for n in itertools.count(1))
+    folder = Path(out) if out else next(p for p in free if not p.exists())
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot make '{folder}' ({error.strerror}); name another with --out"
+        ) from error
+    return folder
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal; None without a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
+
+
+def eps_text(size, norm):
+    """A distance the way the field writes it: 8/255 for l_inf, a plain number for l_2."""
+    return f"{size * 255:.3g}/255" if norm == "linf" else f"{size:.3g}"
+
+
+def say(text, quiet=False, style=None):
+    """A line that stays, however long, in a terminal and in a pipe."""
+    Console(highlight=False, quiet=quiet).print(text, soft_wrap=True, markup=False, style=style)
+
+
+class AttackDisplay:
+    """Progress of a suite: a bar with the time left in a terminal, one line per attack elsewhere."""
+
+    def __init__(self, names, settings, quiet):
+        names = ebm_at.SUITES[names] if isinstance(names, str) else names
+        self.rows, self.quiet, self.told = [], quiet, 1
+        self.console = Console(highlight=False, quiet=quiet)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            disable=quiet or not self.console.is_terminal, transient=True,
+        )  # fmt: skip
+        self.costs = {}  # a guess, in gradients per image: the bar should not lie too much
+        for name in names:
+            found = ebm_at.find_attack(name)
+            options = found.settings | settings
+            cost = options["steps"] if "steps" in found.settings else 1
+            cost = options["queries"] / 4 if "queries" in found.settings else cost
+            self.costs[name] = cost * (4 if found.function is ebm_at.apgd_t else 1)
+        self.task = self.progress.add_task("starting", total=sum(self.costs.values()))
+
+    def on_progress(self, rows, name, done, total):
+        self.finish(rows)
+        names = list(self.costs)
+        before = sum(self.costs[k] for k in names[: names.index(name)])
+        now = before + self.costs[name] * done / total
+        self.progress.update(self.task, completed=now, description=f"{name} {done}/{total}")
+
+    def finish(self, rows):
+        """Tells of the attacks that have ended since."""
+        self.rows = rows
+        if not self.console.is_terminal and not self.quiet:
+            for row in rows[self.told :]:
+                accuracy, worst = f"{row['accuracy']:.1%}", f"{row['worst']:.1%}"
+                print(f"{row['attack']:<13} {row['n']} images, accuracy {accuracy}, worst so far"
+                      f" {worst}, {row['seconds']:.1f} s", flush=True)  # fmt: skip
+        self.told = max(self.told, len(rows))
+
+
+def report_attacks(rows, told, folder):
+    """attack.csv and attack.json, the table, and the histograms of E(x)."""
+    plain = [{k: v for k, v in row.items() if k != "energies"} for row in rows]
+    lines = [",".join(plain[0])] if rows else []
+    for row in plain:
+        values = (row[k] for k in plain[0])
+        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
+    try:
+        write_atomically(folder / "attack.csv", "\n".join(lines) + "\n")
+        write_atomically(folder / "attack.json", json.dumps(told | {"rows": plain}, indent=1))
+        draw_energies(folder, rows)
+    except OSError as error:
+        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    stands = told["suite"] == "standard"
+    sees = "attacks what still stands: n images" if stands else "sees all images"
+    table = Table(
+        box=rich.box.SIMPLE_HEAD,
+        title=f"eps {eps_text(told['eps'], told['norm'])} ({told['norm']}); each attack {sees};"
+        " means over them; dE > 0: E fell",
+    )
+    for name in ("attack", "n", "accuracy", "worst", "E(x)", "dE(x)", "dE(x,y)", "CE", "linf", "l2",
+                 "cost", "s"):  # fmt: skip
+        table.add_column(name, justify="left" if name == "attack" else "right", no_wrap=True)
+    for row in rows:
+        cost = f"{row['gradients']:.0f} g" if row["gradients"] else f"{row['queries']:.0f} q"
+        table.add_row(
+            row["attack"], str(row["n"]), f"{row['accuracy']:.1%}", f"{row['worst']:.1%}",
+            f"{row['energy']:+.2f}", f"{row['delta_energy']:+.2f}",
+            f"{row['delta_energy_xy']:+.2f}", f"{row['cross_entropy']:.2f}",
+            eps_text(row["linf"], "linf"), f"{row['l2']:.2f}", cost, f"{row['seconds']:.1f}",
+        )  # fmt: skip
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=110)
+    console.print(table)
+    if rows and console.encoding.startswith("utf"):
+        console.print(Text(energy_histograms(rows)))
+    if "robust_acc" in told:
+        say(f"clean {told['clean_acc']:.1%}, worst case {told['robust_acc']:.1%}; cost: gradients"
+            f" (g) or queries (q) per image. Saved in {folder}: "
+            + ", ".join(sorted(p.name for p in folder.iterdir())))  # fmt: skip
+
+
+def energy_range(rows):
+    """Where E(x) lies, but for one percent at either end: (low, high)."""
+    energies = torch.cat([row["energies"] for row in rows])
+    low, high = energies.quantile(torch.tensor([0.01, 0.99])).tolist()
+    return low, max(high, low + 1e-3)
+
+
+def energy_histograms(rows, bins=48):
+    """How E(x) is distributed, one line of bars per attack, over one axis."""
+    low, high = energy_range(rows)
+    lines = [" E(x), natural images and each attack's (left: low energy, likely to the model)"]
+    for row in rows:
+        counts = torch.histc(row["energies"].clamp(low, high), bins, low, high)
+        bars = sparkline(counts.tolist(), 0, max(counts.max().item(), 1))
+        bars = "".join(bar if count else " " for bar, count in zip(bars, counts))
+        lines.append(f" {row['attack']:>13} {bars}")
+    return "\n".join(lines) + f"\n {'':>13} {low:<+{bins - 6}.2f}{high:>+6.2f}"
+
+
+def draw_energies(folder, rows):
+    """energies.png: the same histograms, natural images filled. Only where matplotlib is there."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    if not rows:
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    options = dict(bins=40, range=energy_range(rows), density=True)
+    for row in rows:
+        natural = row["attack"] == "natural"
+        more = dict(color="0.8") if natural else dict(histtype="step")
+        axes.hist(row["energies"].numpy(), label=row["attack"], **options, **more)
+    axes.set(xlabel="E(x), nats", ylabel="density")
+    axes.legend(fontsize=7)
+    figure.savefig(folder / "energies.png", dpi=120)
+    pyplot.close(figure)
+
+
+def save_adversarial(model, found, y, save, save_png):
+    """--save and --save-png: the worst-case images as float tensors and as 8-bit pictures.
+
+    Raises: RunError.
+    """
+    x_adv = found["x_adv"]
+    if save:
+        tensors = {"x_adv": x_adv.contiguous(), "y": y, "fallen": found["fallen"]}
+        ebm_at.save_checkpoint(save, {k: v.cpu() for k, v in tensors.items()})
+        say(f"saved {save}: x_adv {tuple(x_adv.shape)}, y, fallen")
+    if save_png:
+        from PIL import Image  # torchvision's own requirement
+
+        rounded = (x_adv * 255).round().to(torch.uint8)
+        try:
+            Path(save_png).mkdir(parents=True)
+            for i, image in enumerate(rounded.permute(0, 2, 3, 1).cpu().numpy()):
+                name = f"{i:05d}-label-{y[i].item()}{'-fallen' * found['fallen'][i].item()}.png"
+                Image.fromarray(image.squeeze()).save(Path(save_png, name))
+        except OSError as error:
+            raise RunError(f"cannot write to '{save_png}' ({error.strerror})") from error
+        before, after = (
+            (ebm_at.exact_logits(model, z).argmax(1) == y).float().mean().item()
+            for z in (x_adv, rounded.to(x_adv) / 255)
+        )
+        say(f"saved {len(y)} PNGs in {save_png}: accuracy {before:.1%} as float tensors,"
+            f" {after:.1%} after rounding to 8 bits")  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------

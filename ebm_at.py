@@ -740,17 +740,23 @@ def delta_energy(logits, logits_adv, y=None):
 # 5. Attacks: pure functions of (model, x, y, eps)
 # ==================================================================================================
 
-ATTACK_LOSSES = ["ce", "kl", "margin", "energy"]
+ATTACK_LOSSES = ["ce", "kl", "margin", "dlr", "energy", "energy-up"]
 
 
-def attack_loss(logits, y, loss="ce", reference=None):
+def attack_loss(logits, y, loss="ce", reference=None, target=None):
     """What an attack climbs, per image: logits (N, K), y (N,) -> (N,).
 
     ce:     -log p(y|x), the usual choice.
     kl:     KL(p(.|x) || p(.|x*)) against the `reference` logits of the clean images (TRADES).
     margin: max_{k != y} f(x)[k] - f(x)[y], positive exactly when x is misclassified (Carlini &
             Wagner 2017); unlike ce it does not flatten out where the model is confident.
+    dlr:    (E19) margin / (f_(1) - f_(3)), where f_(i) is the i-th largest logit: the same whether
+            logits are large or small. With a `target` t (N,) to reach instead of y, (E20)
+            (f[t] - f[y]) / (f_(1) - (f_(3) + f_(4)) / 2). Croce & Hein 2020, equations 6 and 7.
+            Fewer than 3 (4) classes have no such denominator: the numerator alone is climbed.
     energy: -E(x), so that climbing it makes the image likelier to the model, whatever its label.
+    energy-up: (E21) margin until the image is misclassified, E(x) from there on: adversarial AND
+            unlikely. The 1000 ranks all fooling points above all others; it has no gradient.
     """
     check_choice("attack loss", loss, ATTACK_LOSSES)
     logits = logits.float()
@@ -760,8 +766,14 @@ def attack_loss(logits, y, loss="ce", reference=None):
         return kl_per_image(reference, logits)
     if loss == "energy":
         return -energy_x(logits)
-    others = logits.scatter(1, y[:, None], -math.inf).amax(1)
-    return others + energy_xy(logits, y)
+    rival = logits.scatter(1, y[:, None], -math.inf).amax(1)
+    margin = (rival if target is None else -energy_xy(logits, target)) + energy_xy(logits, y)
+    if loss == "energy-up":
+        return torch.where(margin > 0, 1000 + energy_x(logits), margin)
+    if loss == "margin" or logits.shape[1] < (3 if target is None else 4):
+        return margin
+    top = logits.topk(3 if target is None else 4, dim=1).values
+    return margin / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
 
 
 def kl_per_image(logits, logits_adv):
@@ -814,16 +826,26 @@ def check_attack(x, y, eps, norm):
         )
 
 
-def input_gradient(model, x, y, loss="ce", targeted=False, reference=None):
-    """Gradient of the attack loss with respect to the images alone: (N, C, H, W).
+def value_and_gradient(model, x, y, loss="ce", reference=None, target=None):
+    """Attack loss (N,), its gradient with respect to the images (N, C, H, W), and logits (N, K).
 
     torch.autograd.grad(value, x) computes nothing for the weights: cheaper than backward(), and no
-    `.grad` is touched. `targeted`: y is the label to reach, so the loss is to go down.
+    `.grad` is touched.
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
-        value = attack_loss(model(x), y, loss, reference).sum()
-        (gradient,) = torch.autograd.grad(value, x)
+        logits = model(x)
+        value = attack_loss(logits, y, loss, reference, target)
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), gradient, logits.detach()
+
+
+def input_gradient(model, x, y, loss="ce", targeted=False, reference=None):
+    """Gradient of the attack loss with respect to the images alone: (N, C, H, W).
+
+    `targeted`: y is the label to reach, so the loss is to go down.
+    """
+    gradient = value_and_gradient(model, x, y, loss, reference)[1]
     return -gradient if targeted else gradient
 
 
@@ -935,6 +957,491 @@ def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss="ce", t
             gradient = input_gradient(model, x_adv, y, loss, targeted, reference)
             x_adv = project(ascend(x_adv, gradient, step_size, norm), x, eps, norm)
     return x_adv.detach()
+
+
+def exact_logits(model, x, batch_size=500):
+    """Logits (N, K) in plain fp32, whatever autocast or TF32 is on: what claims are judged by."""
+    cudnn = torch.backends.cudnn
+    kept = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
+    with torch.no_grad(), attack_mode(model), torch.autocast(x.device.type, enabled=False):
+        with cudnn.flags(**kept, allow_tf32=False):
+            return torch.cat([model(part).float() for part in x.split(batch_size)])
+
+
+def _has_fallen(model, x_adv, y, logits):
+    """Which images (N,) are misclassified: by their logits (N, K) and, if those are rough, in fp32.
+
+    A search in bf16 may only CLAIM success. The claims are few, so checking them costs little.
+    """
+    wrong = logits.argmax(1) != y
+    if (torch.is_autocast_enabled(x_adv.device.type) or x_adv.is_cuda) and wrong.any():
+        wrong[wrong.clone()] = exact_logits(model, x_adv[wrong]).argmax(1) != y[wrong]
+    return wrong
+
+
+def _checkpoints(steps):
+    """The steps at which apgd reconsiders its step size: 22, 41, 57, 70 ... of 100."""
+    at, gap, found = 22, 22, []  # percent
+    while at <= 100:
+        found.append(math.ceil(at * steps / 100))
+        gap = max(gap - 3, 6)
+        at += gap
+    return found
+
+
+def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, start=None,
+         until_fooled=True, generator=None, validate=True):  # fmt: skip
+    """(E22) Auto-PGD: projected gradient ascent with momentum that finds its own step size.
+
+        z       = project(x_k + step * direction)
+        x_{k+1} = project(x_k + .75 (z - x_k) + .25 (x_k - x_{k-1}))
+
+    step begins at 2 eps. At a checkpoint (see _checkpoints) an image's step is halved, and it goes
+    back to its best point, if fewer than 75% of the steps since the last checkpoint raised the
+    loss, or if neither step nor best loss have changed since. An image that is misclassified leaves
+    the batch, so the cost follows those that still stand.
+
+    Args:
+        loss, target: one of ATTACK_LOSSES; with dlr also labels (N,) to reach.
+        start: default a uniform draw from the ball, ONE for all images: so the result of an image
+            does not depend on which others are in the batch.
+        until_fooled: False goes on to the last step for every image.
+        The others as for pgd.
+    Returns: x_adv, like x: the first misclassified point; else, or with until_fooled=False, the
+        point of the highest loss.
+    Raises: BadInput.
+    Source: Croce & Hein 2020, algorithm 1.
+    """
+    if validate:
+        check_attack(x, y, eps, norm)
+    if start is None:
+        start = (x + random_noise(x[:1], eps, norm, generator)).clamp(0, 1)
+    n, least = len(x), x.new_full((len(x),), -math.inf, dtype=torch.float32)
+    now = {  # all that the search knows, one row per image that still stands
+        "rows": torch.arange(n, device=x.device), "x": x, "y": y, "at": start, "before": start,
+        "best": start, "best_gradient": start, "best_value": least, "value": least,
+        "value_at_check": least, "rises": y * 0 - 1, "step": x.new_full((n, 1, 1, 1), 2 * eps),
+        "halved": y == y,
+    }  # fmt: skip
+    found, checkpoints, last_check = start.detach().clone(), _checkpoints(steps), 0
+    with attack_mode(model):
+        extra = {"target": target, "reference": model(x).detach() if loss == "kl" else None}
+        now |= {k: v for k, v in extra.items() if v is not None}
+        for k in range(steps + 1):
+            extra = now.get("reference"), now.get("target")
+            value, gradient, logits = value_and_gradient(model, now["at"], now["y"], loss, *extra)
+            better = value > now["best_value"]
+            now["rises"] = now["rises"] + (value > now["value"])
+            now |= {"value": value, "gradient": gradient}
+            _move(now, better, best="at", best_gradient="gradient", best_value="value")
+            if until_fooled:
+                fallen = _has_fallen(model, now["at"], now["y"], logits)
+                found[now["rows"][fallen]] = now["at"][fallen].detach()
+                now = {k: v[~fallen] for k, v in now.items()} if fallen.any() else now
+            if k == steps or not len(now["rows"]):
+                break
+            if k in checkpoints:
+                _halve_steps(now, 0.75 * (k - last_check))
+                last_check = k
+            ball = now["x"], eps, norm
+            z = project(ascend(now["at"], now["gradient"], now["step"], norm), *ball)
+            a = 0.75 if k else 1.0  # the first step has no momentum yet
+            moved = now["at"] + a * (z - now["at"]) + (1 - a) * (now["at"] - now["before"])
+            now["before"], now["at"] = now["at"], project(moved, *ball)
+    found[now["rows"]] = now["best"].detach()
+    return found
+
+
+def _move(now, where, **pairs):
+    """In the rows marked by where (N,), now[a] becomes now[b], for each a="b"."""
+    for a, b in pairs.items():
+        mask = where.view(-1, *[1] * (now[a].ndim - 1))
+        now[a] = torch.where(mask, now[b], now[a])
+
+
+def _halve_steps(now, enough):
+    """A checkpoint of apgd: halves the steps that have been too long, from the best point on."""
+    unsteady = now["rises"] < enough
+    stuck = ~now["halved"] & (now["best_value"] <= now["value_at_check"])
+    now |= {"halved": unsteady | stuck, "half": now["step"] / 2}
+    _move(now, now["halved"], step="half", at="best", gradient="best_gradient", value="best_value")
+    now |= {"value_at_check": now["best_value"], "rises": now["rises"] * 0}
+
+
+def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=None,
+           validate=True):  # fmt: skip
+    """(E23) Targeted APGD: towards each of the likeliest wrong classes in turn, with (E20).
+
+    Args: targets, how many classes at most (all wrong ones of 2 to 10 classes; with 100, the 9
+        likeliest). The others as for apgd; an image that has fallen is not attacked again.
+    Returns: x_adv, like x: the first misclassified point, else that with the largest margin.
+    Raises: BadInput.
+    Source: Croce & Hein 2020, section 4.
+    """
+    if validate:
+        check_attack(x, y, eps, norm)
+    x_adv = x.detach().clone()
+    logits = exact_logits(model, x)
+    ranking = logits.scatter(1, y[:, None], -math.inf).topk(min(targets, logits.shape[1] - 1), 1)
+    best = torch.full_like(logits[:, 0], -math.inf)
+    standing = torch.arange(len(x), device=x.device)
+    for t in ranking.indices.T:  # (N,): every image's next likeliest class
+        options = dict(norm=norm, loss="dlr", target=t[standing], generator=generator)
+        options["validate"] = False
+        found = apgd(model, x[standing], y[standing], eps, steps, **options)
+        margin = attack_loss(exact_logits(model, found), y[standing], "margin")
+        better = margin > best[standing]
+        x_adv[standing[better]], best[standing[better]] = found[better], margin[better]
+        standing = standing[best[standing] <= 0]
+    return x_adv
+
+
+def _bumps(side, like):
+    """A hill beside a valley, together of l_2 norm 1: (side, side). Square's building block."""
+
+    def hill(rows, cols):  # rings around the middle; ring d has height sum_{j >= d} 1 / (j + 1)^2
+        ring = [(torch.arange(n, device=like.device) - n // 2).abs() for n in (rows, cols)]
+        ring = torch.maximum(ring[0][:, None], ring[1])
+        fall = 1 / torch.arange(1, max(rows, cols) // 2 + 2, device=like.device) ** 2
+        height = fall.flip(0).cumsum(0).flip(0)[ring]
+        return height / height.norm()
+
+    return torch.cat([hill(side // 2, side), -hill(side - side // 2, side)]).to(like.dtype) / 2**0.5
+
+
+def _first_pattern(x, eps, norm, generator):
+    """Where square begins: vertical stripes for l_inf, a grid of bumps for l_2. (C, H, W)."""
+    c, h, w = x.shape[1:]
+    signs = torch.rand(c, h, w, generator=generator, device=x.device).sub(0.5).sign().to(x.dtype)
+    if norm == "linf":
+        return eps * signs[:, :1]
+    tile = max(min(h, w) // 5, 2)
+    each = signs.repeat_interleave(tile, 1).repeat_interleave(tile, 2)[:, :h, :w]  # one per tile
+    pattern = each * _bumps(tile, x).repeat(h // tile + 1, w // tile + 1)[:h, :w]
+    return pattern * (eps / pattern.norm())
+
+
+def _window_side(done, norm, h, w):
+    """Side of square's window, in pixels, when a share `done` of the queries is spent."""
+    halvings = sum(done > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))
+    side = max(round(math.sqrt(0.8 / 2**halvings * h * w)), 1)
+    return min(max(side, 3) | 1 if norm == "l2" else side, h, w)
+
+
+def _propose(x, x_adv, eps, norm, side, random, signs):
+    """Square's next candidate: a new pattern in one window of x_adv. signs (C, 1, 1), -1 or 1."""
+    h, w = x.shape[2] - side + 1, x.shape[3] - side + 1
+    corners = [(int(random[i] * h), int(random[i + 1] * w)) for i in (0, 2)]
+    new, old = ((..., slice(r, r + side), slice(c, c + side)) for r, c in corners)
+    if norm == "linf":
+        candidate = x_adv.clone()
+        candidate[new] = (x[new] + eps * signs).clamp(0, 1)
+        return candidate
+    # l_2: what the ball has to spare, and what an old window holds, moves into the new window
+    delta = x_adv - x
+    held = torch.zeros_like(delta)
+    held[new], held[old] = delta[new], delta[old]
+    spare = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp_min(0) / x.shape[1]
+    budget = (held.square().sum((2, 3), keepdim=True) + spare).sqrt()  # (N, C, 1, 1)
+    bumps = _bumps(side, x)
+    bumps = signs * (bumps.T if random[4] < 0.5 else bumps)
+    pattern = bumps + F.normalize(delta[new].flatten(2), dim=2).view_as(delta[new])
+    pattern = F.normalize(pattern.flatten(2), dim=2).view_as(pattern)
+    delta[old] = 0
+    delta[new] = budget * pattern
+    return (x + delta * (eps / per_image_norm(delta))).clamp(0, 1)
+
+
+@torch.no_grad()
+def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None, validate=True):
+    """(E24) Square attack: random search on the margin that looks at logits only, at no gradient.
+
+    It begins with vertical stripes (l_inf) or a grid of bumps (l_2). Each query repaints a random
+    square window with colours at the border of the ball and is kept if the margin grew. The window
+    shrinks from 80% of the image's area to 0.2% by a fixed schedule. What PGD cannot break only
+    because gradients are useless, this can.
+
+    Args: queries, the most that are spent on an image; it leaves the batch when it falls. All
+        images see the same windows and signs, so no result depends on the rest of the batch. The
+        others as for pgd.
+    Returns: x_adv, like x. Raises: BadInput.
+    Source: Andriushchenko et al. 2020, algorithms 1 to 3 (l_inf), section 3.4 (l_2).
+    """
+    if validate:
+        check_attack(x, y, eps, norm)
+    draw = dict(generator=generator, device=x.device)
+    random = torch.rand(queries, 5, **draw).tolist()
+    signs = torch.rand(queries, x.shape[1], 1, 1, **draw).sub(0.5).sign().to(x.dtype)
+    x_adv = (x + _first_pattern(x, eps, norm, generator)).clamp(0, 1)
+    found, rows = x_adv.clone(), torch.arange(len(x), device=x.device)
+    best = x.new_full((len(x),), -math.inf, dtype=torch.float32)
+    with attack_mode(model):
+        for query in range(queries):
+            candidate = x_adv
+            if query:
+                side = _window_side(query / queries, norm, *x.shape[2:])
+                candidate = _propose(x, x_adv, eps, norm, side, random[query], signs[query])
+            logits = model(candidate)
+            margin = attack_loss(logits, y, "margin")
+            better = margin > best
+            best = torch.where(better, margin, best)
+            x_adv = torch.where(better.view(-1, 1, 1, 1), candidate, x_adv)
+            fallen = _has_fallen(model, candidate, y, logits)
+            if fallen.any():
+                found[rows[fallen]] = candidate[fallen]
+                rows, x, y, x_adv, best = (t[~fallen] for t in (rows, x, y, x_adv, best))
+            if not len(rows):
+                break
+    found[rows] = x_adv
+    return found
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack of this section with its settings, as robust_accuracy runs it."""
+
+    function: object
+    settings: dict = field(default_factory=dict)
+    start: float = 0.0  # radius of the random start in units of eps; 0: the attack's own affair
+    target: object = None  # the label to reach: "random", "least" (likely), or a class; None
+    exact: bool = False  # search in fp32: bf16 rounds away the small gains of a random search
+
+
+ATTACKS = {
+    "fgsm": Attack(fgsm),
+    "rs-fgsm": Attack(rs_fgsm, {}, 1.0),
+    "n-fgsm": Attack(n_fgsm, {}, 2.0),  # leaves the ball, so it hardly ever counts
+    "pgd": Attack(pgd, {"steps": 20}, 1.0),
+    "pgd-margin": Attack(pgd, {"steps": 20, "loss": "margin"}, 1.0),  # Carlini & Wagner's loss
+    "pgd-kl": Attack(pgd, {"steps": 20, "loss": "kl"}, 1.0),
+    "pgd-dlr": Attack(pgd, {"steps": 20, "loss": "dlr"}, 1.0),
+    "energy-down": Attack(pgd, {"steps": 20, "loss": "energy"}, 1.0),
+    "energy-up": Attack(apgd, {"steps": 40, "loss": "energy-up", "until_fooled": False}),
+    "pgd-t-random": Attack(pgd, {"steps": 20}, 1.0, "random"),
+    "pgd-t-least": Attack(pgd, {"steps": 20}, 1.0, "least"),
+    "apgd-ce": Attack(apgd, {"steps": 100}),
+    "apgd-dlr": Attack(apgd, {"steps": 100, "loss": "dlr"}),
+    "apgd-t": Attack(apgd_t, {"steps": 100}),
+    "square": Attack(square, {"queries": 5000}, exact=True),
+}
+SUITES = {
+    "quick": ["fgsm", "pgd", "pgd-margin"],
+    "standard": ["apgd-ce", "apgd-t", "square"],
+    "energy": ["fgsm", "rs-fgsm", "pgd", "pgd-margin", "pgd-kl", "pgd-dlr", "energy-down",
+               "energy-up", "pgd-t-random", "pgd-t-least", "apgd-ce", "apgd-t"],
+    "all": list(ATTACKS),
+}  # fmt: skip
+
+
+def find_attack(name, classes=math.inf):
+    """The Attack called `name`: one of ATTACKS, or pgd-t-3, which pushes every image to class 3.
+
+    Raises: BadInput, also for a class that a model of so many `classes` lacks.
+    """
+    head, _, number = name.rpartition("-")
+    if head == "pgd-t" and number.isdecimal():
+        if int(number) >= classes:
+            raise BadInput(f"'{name}': the model has the classes 0 to {classes - 1} only")
+        return dataclasses.replace(ATTACKS["pgd"], target=int(number))
+    check_choice("attack", name, ATTACKS)
+    return ATTACKS[name]
+
+
+def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
+    """Runs the attack `name` on images: fgsm's arguments, and settings such as steps=50.
+
+    All randomness comes from (seed, name) and is the same for every image: what happens to an image
+    depends neither on its place nor on its batch. Returns: x_adv, like x. Raises: BadInput.
+    """
+    attack = find_attack(name)
+    options = attack.settings | {a: v for a, v in settings.items() if a in attack.settings}
+    generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{name} {seed}".encode()))
+    if attack.start:
+        start = x + random_noise(x[:1], attack.start * eps, norm, generator)
+        options["start"] = start.clamp(0, 1) if attack.start == 1 else start
+    elif attack.function is not fgsm:
+        options["generator"] = generator
+    if attack.target is not None:
+        logits, options["targeted"] = exact_logits(model, x), True
+        if attack.target == "least":
+            y = logits.scatter(1, y[:, None], math.inf).argmin(1)
+        elif attack.target == "random":  # another class, drawn once for every class
+            k = logits.shape[1]
+            away = torch.randint(1, k, (k,), generator=generator, device=x.device)
+            y = (y + away[y]) % k
+        else:
+            y = torch.full_like(y, attack.target)
+    return attack.function(model, x, y, eps, norm=norm, **options)
+
+
+def check_model(model, x, y):
+    """Refuses a model that does not fit its images; returns the clean logits, fp32 (N, K).
+
+    Raises: BadInput.
+    """
+    place = next((p.device for p in model.parameters()), x.device)
+    if not place == x.device == y.device:
+        raise BadInput(f"model on {place}, images on {x.device}, labels on {y.device}: move them")
+    if not len(x):
+        raise BadInput("no images to attack")
+    try:
+        logits = exact_logits(model, x)
+    except RuntimeError as error:
+        shape = tuple(x.shape[1:])
+        raise BadInput(f"the model does not take images of shape {shape}: {error}") from error
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        shape = tuple(logits.shape)
+        raise BadInput(f"a classifier gives logits (N, K) with K >= 2, this model {shape}")
+    if not logits.isfinite().all():
+        raise BadInput("the model gives NaN or infinite logits on clean images")
+    if y.min() < 0 or y.max() >= logits.shape[1]:
+        k = logits.shape[1]
+        raise BadInput(f"labels from {y.min()} to {y.max()}, but the model has {k} classes")
+    return logits
+
+
+def _row(name, logits, logits_adv, x, x_adv, y, **more):
+    """One line of the table: how a set of images fared; means over them, and E(x*) of each."""
+    moved, energy = (x_adv - x).flatten(1), energy_x(logits_adv)
+    means = {
+        "accuracy": (logits_adv.argmax(1) == y).float(), "energy": energy,
+        "delta_energy": delta_energy(logits, logits_adv),
+        "delta_energy_xy": delta_energy(logits, logits_adv, y),
+        "cross_entropy": attack_loss(logits_adv, y),
+        "linf": moved.abs().amax(1), "l2": moved.norm(dim=1),
+    }  # fmt: skip
+    means = {k: v.mean().item() for k, v in means.items()}
+    return {"attack": name, "n": len(x), **means, **more, "energies": energy.cpu()}
+
+
+def _inside(x_adv, x, eps, norm):
+    """Which images (N,) lie in the ball and in [0, 1], but for rounding."""
+    moved = (x_adv - x).flatten(1)
+    size = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
+    low, high = x_adv.flatten(1).aminmax(dim=1)
+    return (size <= eps * (1 + 1e-5) + 1e-6) & (low >= 0) & (high <= 1)
+
+
+@contextlib.contextmanager
+def _counting(model, counts):
+    """Counts the images that pass through the model, with a gradient and without, into `counts`."""
+
+    def count(_, inputs):
+        counts["gradients" if torch.is_grad_enabled() else "queries"] += len(inputs[0])
+
+    hook = model.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, batch_size=500,
+                    precision="auto", on_progress=None, **settings):  # fmt: skip
+    """(E25) Accuracy under the worst of several attacks, image by image, and their energies.
+
+    An image has fallen when it is misclassified, or when an attack has found a point in its ball
+    and in [0, 1] that is misclassified in plain fp32 (the search itself may run in bf16). The suite
+    "standard" attacks only what still stands, so its rows speak of ever fewer images; in the others
+    every attack sees all images, so that their energies can be compared.
+
+    Args:
+        model, x, y, eps, norm: as for fgsm; the model on the images' device.
+        suite: a name of SUITES, or a list of attacks (see find_attack).
+        batch_size: on it only speed and memory depend; precision: see pick_precision.
+        on_progress: called as (rows so far, attack, images done, images in all) after every batch.
+        settings: steps and queries, for the attacks that have them.
+    Returns: dict: clean_acc, robust_acc; rows, dicts with attack, n (images attacked), means over
+        those (accuracy, energy E(x*), delta_energy, delta_energy_xy, cross_entropy, linf, l2),
+        worst (robust accuracy so far, of all images), gradients and queries (per image), seconds
+        and energies (n,), the first row for natural images; x_adv (N, C, H, W), the point where an
+        image fell, x itself where none was found; fallen (N,).
+    Raises: BadInput.
+    Source: Croce & Hein 2020 (per-image worst case); Mirza et al. 2024, figure 2 (energies).
+    """
+    check_attack(x, y, eps, norm)
+    if isinstance(suite, str):
+        check_choice("suite", suite, SUITES)
+    names = SUITES[suite] if isinstance(suite, str) else suite
+    dtype, began = pick_precision(precision, x.device), time.perf_counter()
+    clean = check_model(model, x, y)
+    attacks = {name: find_attack(name, clean.shape[1]) for name in names}
+    fallen, worst = clean.argmax(1) != y, x.clone()
+    row = {"worst": (~fallen).float().mean().item(), "gradients": 0.0, "queries": 1.0}
+    row["seconds"] = time.perf_counter() - began
+    rows = [_row("natural", clean, clean, x, x, y, **row)]
+    for name, attack in attacks.items():
+        began, counts = time.perf_counter(), {"gradients": 0, "queries": 0}
+        chosen = (~fallen if suite == "standard" else torch.ones_like(fallen)).nonzero()[:, 0]
+        if not len(chosen):
+            break
+        done, found = 0, []
+        for part in chosen.split(batch_size):
+            search = torch.float32 if attack.exact else dtype
+            with _counting(model, counts), autocast(x.device, search):
+                found.append(run_attack(name, model, x[part], y[part], eps, norm, seed, **settings))
+            done += len(part)
+            if on_progress:
+                on_progress(rows, name, done, len(chosen))
+        x_adv, x_part, y_part = torch.cat(found), x[chosen], y[chosen]
+        logits = exact_logits(model, x_adv)
+        row = {k: v / len(chosen) for k, v in counts.items()}
+        row["seconds"] = time.perf_counter() - began
+        row = _row(name, clean[chosen], logits, x_part, x_adv, y_part, **row)
+        fell = (logits.argmax(1) != y_part) & ~fallen[chosen]
+        fell &= _inside(x_adv, x_part, eps, norm)
+        worst[chosen[fell]] = x_adv[fell]
+        fallen[chosen[fell]] = True
+        rows.append(row | {"worst": (~fallen).float().mean().item()})
+    found = {"clean_acc": rows[0]["worst"], "robust_acc": rows[-1]["worst"], "rows": rows}
+    return found | {"x_adv": worst, "fallen": fallen}
+
+
+@torch.no_grad()
+def masking_signs(model, x, y, eps, norm="linf", rows=()):
+    """Reasons to distrust a robust accuracy: a list of sentences, empty if nothing was noticed.
+
+    Gradients that lead nowhere make a model LOOK robust. Tried on the first 200 images: are there
+    logits at all, are gradients zero, does one step beat many, does a ball that can erase every
+    image leave some standing; and in the `rows` of robust_accuracy: did Square, which uses no
+    gradient, break what gradient attacks could not?
+
+    Arguments as for robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
+    """
+    x, y, signs = x[:200], y[:200], []
+    logits, everything = exact_logits(model, x), 0.5 * (math.sqrt(x[0].numel()), 1)[norm == "linf"]
+    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
+        signs.append("The model gives probabilities, not logits (a softmax at its end?): gradients"
+                     " shrink and energies mean nothing; attack it without the softmax.")  # fmt: skip
+    elif energy_x(logits).abs().max() < 1e-3:
+        signs.append("The model gives log-probabilities: E(x) is 0 for every image; energies need"
+                     " the logits before log_softmax.")  # fmt: skip
+    with attack_mode(model):
+        zero = (input_gradient(model, x, y).flatten(1) == 0).all(1).float().mean().item()
+    if zero > 0.1:
+        signs.append(f"The gradient of the loss is exactly zero for {zero:.0%} of the images:"
+                     " gradient attacks cannot see where to go.")  # fmt: skip
+    accuracy = {}
+    for key, name, size in (("one", "fgsm", eps), ("many", "pgd", eps), ("all", "pgd", everything)):
+        x_adv = run_attack(name, model, x, y, size, norm, steps=10)
+        accuracy[key] = (exact_logits(model, x_adv).argmax(1) == y).float().mean().item()
+    one, many = accuracy["one"], accuracy["many"]
+    if one < many - 0.02:
+        signs.append(f"One step (FGSM, {one:.1%}) hurts more than ten (PGD-10, {many:.1%}): the"
+                     " gradient misleads; trust the worst case at most.")  # fmt: skip
+    if one - many >= 0.12 and many <= 0.35 * one:  # the monitor's thresholds, section 7
+        signs.append(f"FGSM leaves {one:.1%} right but PGD-10 only {many:.1%}: catastrophic"
+                     " overfitting; accuracy under FGSM says nothing here.")  # fmt: skip
+    if accuracy["all"] > 0.1:
+        signs.append(f"PGD with eps {everything:g}, enough to turn every image grey, leaves"
+                     f" {accuracy['all']:.1%} right: the attack does not work on this model.")  # fmt: skip
+    for before, row in zip(rows, rows[1:]):
+        broken = before["worst"] - row["worst"]
+        if row["attack"] == "square" and broken > 0.01:
+            signs.append(f"Square, which uses no gradient, broke {broken:.1%} of the images that"
+                         " all attacks before it had left: gradients may be masked.")  # fmt: skip
+    return signs
 
 
 # ==================================================================================================

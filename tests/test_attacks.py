@@ -12,10 +12,13 @@ import ebm_at
 from ebm_at import (
     ATTACK_LOSSES,
     BadInput,
+    apgd,
+    apgd_t,
     attack_loss,
     attack_mode,
     check_choice,
     energy_x,
+    exact_logits,
     fgsm,
     input_gradient,
     n_fgsm,
@@ -23,6 +26,7 @@ from ebm_at import (
     project,
     random_noise,
     rs_fgsm,
+    square,
 )
 
 # name: called as (model, x, y, eps, generator, **options). fgsm draws nothing.
@@ -32,8 +36,36 @@ ATTACKS = {
     "n_fgsm": lambda model, x, y, eps, g=None, **o: n_fgsm(model, x, y, eps, generator=g, **o),
     "pgd": lambda model, x, y, eps, g=None, **o: pgd(model, x, y, eps, 3, generator=g, **o),
 }
+
+
+def only(options, *names):
+    """The options an attack knows; each lacks some, such as square a loss."""
+    return {k: v for k, v in options.items() if k in names}
+
+
+def run_apgd(model, x, y, eps, g=None, until_fooled=True, **o):
+    o = only(o, "norm", "loss", "start")
+    return apgd(model, x, y, eps, 9, generator=g, until_fooled=until_fooled, **o)
+
+
+def run_apgd_t(model, x, y, eps, g=None, **o):
+    return apgd_t(model, x, y, eps, 4, 2, generator=g, **only(o, "norm"))
+
+
+def run_square(model, x, y, eps, g=None, **o):
+    return square(model, x, y, eps, 40, generator=g, **only(o, "norm"))
+
+
+def run_apgd_on(*arguments, **o):
+    return run_apgd(*arguments, until_fooled=False, **o)
+
+
+SEARCHES = {"apgd": run_apgd, "apgd_on": run_apgd_on, "apgd_t": run_apgd_t, "square": run_square}
 NORMS = ["linf", "l2"]
 each_attack = pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+EVERY = ATTACKS | SEARCHES  # the searches keep BatchNorm in eval mode and choose their own target
+every_attack = pytest.mark.parametrize("attack", EVERY.values(), ids=EVERY.keys())
+each_search = pytest.mark.parametrize("attack", SEARCHES.values(), ids=SEARCHES.keys())
 each_norm = pytest.mark.parametrize("norm", NORMS)
 
 
@@ -63,17 +95,18 @@ def smooth(net):
 
 
 @each_norm
-@each_attack
+@every_attack
 def test_results_lie_in_the_ball_and_in_the_unit_cube(attack, norm, tiny_net):
     for seed in range(8):
         g = seeded(seed)
         channels = (1, 3)[seed % 2]
         n, size = (int(torch.randint(1, 9, (), generator=g)) + low for low in (0, 5))
+        classes = (2, 3, 5, 20)[seed % 4]
         eps = (1e-4, 8 / 255, 0.3, 0.7, 1.0)[seed % 5] * (1 if norm == "linf" else 2)
-        x, y = batch(seed, n, channels, size)
+        x, y = batch(seed, n, channels, size, classes)
         x[0] = x[0].round()  # an image that lies in a corner of the cube
-        options = dict(loss=ATTACK_LOSSES[seed % 4], targeted=seed % 3 == 0, norm=norm)
-        x_adv = attack(tiny_net(seed, channels), x, y, eps, g, **options)
+        options = dict(loss=ATTACK_LOSSES[seed % 6], targeted=seed % 3 == 0, norm=norm)
+        x_adv = attack(tiny_net(seed, channels, classes), x, y, eps, g, **options)
         assert x_adv.shape == x.shape and x_adv.dtype == x.dtype
         assert x_adv.min() >= 0 and x_adv.max() <= 1
         reach = 3 * eps if attack is ATTACKS["n_fgsm"] else eps
@@ -94,7 +127,7 @@ def test_n_fgsm_leaves_the_ball_and_the_others_fill_it(norm, tiny_net):
 
 
 @each_norm
-@each_attack
+@every_attack
 def test_eps_zero_returns_the_images(attack, norm, tiny_net):
     x, y = batch()
     for loss in ATTACK_LOSSES:
@@ -103,7 +136,7 @@ def test_eps_zero_returns_the_images(attack, norm, tiny_net):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @each_norm
-@each_attack
+@every_attack
 def test_dtype_is_kept(attack, norm, dtype, tiny_net):
     """A float32 draw must not promote half-precision images: the model could not take them."""
     x, y = batch(dtype=dtype)
@@ -111,7 +144,7 @@ def test_dtype_is_kept(attack, norm, dtype, tiny_net):
 
 
 @each_norm
-@each_attack
+@every_attack
 def test_an_empty_batch_comes_back_empty(attack, norm, tiny_net):
     x, y = batch()
     assert attack(tiny_net(), x[:0], y[:0], 0.1, seeded(0), norm=norm).shape == (0, 3, 8, 8)
@@ -158,7 +191,7 @@ def mixed_modes(net):
 
 @pytest.mark.parametrize("batchnorm", ["eval", "train"])
 @each_norm
-@each_attack
+@every_attack
 def test_attacks_leave_no_trace(attack, norm, batchnorm, tiny_net):
     """Modes, buffers, weights, requires_grad, .grad, images and the global RNG: all as before."""
     net = mixed_modes(tiny_net(1))
@@ -184,7 +217,7 @@ def test_attacks_leave_no_trace(attack, norm, batchnorm, tiny_net):
     assert x.grad is None and not x.requires_grad
 
 
-@each_attack
+@every_attack
 def test_result_is_detached_also_from_images_that_want_gradients(attack, tiny_net):
     """A caller's x.requires_grad_() must not tie x* to a graph that backward then runs through."""
     x, y = batch()
@@ -196,7 +229,7 @@ def test_result_is_detached_also_from_images_that_want_gradients(attack, tiny_ne
     assert not x_adv.requires_grad and x_adv.grad_fn is None
 
 
-@each_attack
+@every_attack
 def test_works_the_same_under_no_grad_and_for_a_frozen_model(attack, tiny_net):
     x, y = batch()
     expected = attack(tiny_net(), x, y, 0.1, seeded(0))
@@ -230,7 +263,7 @@ def test_model_is_restored_when_it_raises_inside(attack, batchnorm, call, tiny_n
     assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
 
 
-@each_attack
+@every_attack
 def test_batchnorm_eval_uses_running_statistics_whatever_the_mode(attack, tiny_net):
     x, y = batch()
     expected = attack(tiny_net().eval(), x, y, 0.1, seeded(0))
@@ -362,7 +395,13 @@ def test_input_gradient_against_finite_differences(loss, targeted, tiny_net):
         if loss == "energy":
             return f.exp().sum(1).log()
         own = f.gather(1, y[:, None])[:, 0]
-        return (f - 1e9 * F.one_hot(y, f.shape[1])).amax(1) - own
+        margin = (f - 1e9 * F.one_hot(y, f.shape[1])).amax(1) - own
+        if loss == "dlr":
+            ranked = f.sort(1, descending=True).values
+            return margin / (ranked[:, 0] - ranked[:, 2])
+        if loss == "energy-up":
+            return torch.where(margin > 0, -f.exp().sum(1).log(), margin)
+        return margin
 
     g = input_gradient(net, x, y, loss, targeted, reference)
     assert g.shape == x.shape and g.abs().amax() > 1e-3
@@ -517,6 +556,30 @@ def test_margin_is_positive_exactly_when_misclassified(seed):
         assert margin[i].item() == pytest.approx(max(others) - logits[i, y[i]].item(), abs=1e-6)
 
 
+def test_dlr_in_its_own_words():
+    """Equations 6 and 7 of Croce & Hein, image by image, and what remains of them for few classes.
+
+    Scaling all logits changes nothing, that is what DLR was made for.
+    """
+    g = seeded(3)
+    logits, y = torch.randn(40, 6, generator=g), torch.randint(6, (40,), generator=g)
+    target = (y + 1 + torch.randint(5, (40,), generator=g)) % 6
+    plain, aimed = attack_loss(logits, y, "dlr"), attack_loss(logits, y, "dlr", None, target)
+    for i, row in enumerate(logits.tolist()):
+        z, own = sorted(row, reverse=True), row[y[i]]
+        rival = z[0] if z[0] != own else z[1]
+        assert plain[i].item() == pytest.approx((rival - own) / (z[0] - z[2]), rel=1e-4)
+        expected = (row[target[i]] - own) / (z[0] - (z[2] + z[3]) / 2)
+        assert aimed[i].item() == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(attack_loss(100 * logits, y, "dlr"), plain)
+    for k in (2, 3):
+        few, y, t = logits[:, :k], torch.zeros_like(y), torch.ones_like(y)
+        margin = attack_loss(few, y, "margin")
+        found = attack_loss(few, y, "dlr")
+        assert torch.equal(found, margin) == (k == 2)
+        assert torch.equal(attack_loss(few, y, "dlr", None, t), few[:, 1] - few[:, 0])
+
+
 def test_attack_losses_in_their_own_words():
     g = seeded(2)
     logits, reference = torch.randn(10, 4, generator=g), torch.randn(10, 4, generator=g)
@@ -569,7 +632,7 @@ def test_training_attacks_are_the_public_ones(norm, bn, tiny_net):
 # ------------------------------------------------------------------------------------ refusals
 
 
-@each_attack
+@every_attack
 def test_bad_images_and_labels_are_refused(attack, tiny_net):
     x, y = batch()
     net = tiny_net()

@@ -517,6 +517,11 @@ class Watch(Bar):
             self.frames.append(to_uint8(x[self.filmed]).cpu())
 
 
+def checkpoint_path(given):
+    """A checkpoint given as a .pt file or as a run folder, which means the best.pt in it."""
+    return Path(given, "best.pt") if os.path.isdir(given) else Path(given)
+
+
 def newest_checkpoint():
     """best.pt of the newest run under runs/. Raises: RunError when there is none."""
     found = sorted(Path("runs").glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
@@ -577,7 +582,7 @@ def checksum(data):
 
 
 def fitted_pca(path, data, components, device):
-    """The class-wise PCA of the training images, from `path` where it was kept there, else fitted."""
+    """The class-wise PCA of the training images: kept at `path`, or fitted and kept there."""
     key = {"components": components, "n": len(data.y_train), "checksum": checksum(data)}
     with contextlib.suppress(RunError):
         kept = ebm_at.load_checkpoint(path)
@@ -597,7 +602,7 @@ def make_judge(name, weights, config, data, device, console):
         words = f"torchvision Inception-v3, {weights or 'IMAGENET1K_V1'}, images resized to 299"
         return ebm_at.Inception(weights).to(device).eval(), words + ", bilinear, antialiased"
     if name != "classifier":
-        judge, checkpoint = ebm_at.load_model(name, device)
+        judge, checkpoint = ebm_at.load_model(checkpoint_path(name), device)
         if checkpoint["classes"] != data.classes:
             raise BadInput(f"the judge '{name}' was trained on other classes than '{data.name}'")
         return judge, f"{name}, epoch {checkpoint['epoch']}"
@@ -607,8 +612,8 @@ def make_judge(name, weights, config, data, device, console):
     if not path.exists():
         settings = ebm_at.recipe(
             config.dataset, "none", model="small", width=32, epochs=5 + 7 * (data.name != "shapes"),
-            batch_size=128, schedule="triangular", lr=0.2, probe_size=4, probe_every=10**9, seed=1,
-            device=str(device),
+            batch_size=min(128, len(data.x_train)), schedule="triangular", lr=0.2, probe_size=4,
+            probe_every=10**9, seed=1, device=str(device),
         )  # fmt: skip
         trainer = ebm_at.Trainer(settings, data, ebm_at.build_model(settings, data))
         with Bar(console, "training the judge", settings.epochs) as bar:
@@ -757,23 +762,26 @@ def save_samples(folder, x8, y, record, classes):
     write_atomically(folder / "energies.csv", "\n".join(lines) + "\n")
 
 
-METRIC_COLUMNS = {
-    "seconds": "{:.1f}", "steps": "{:.0f}", "fd": "{:.2f}", "is": "{:.2f}", "precision": "{:.2f}",
-    "recall": "{:.2f}", "agreement": "{:.1%}", "nearest_pixels": "{:.2f}",
-    "nearest_features": "{:.2f}", "diverged": "{:.0f}",
+METRIC_COLUMNS = {  # key of a row: how the table calls it, how it is printed
+    "seconds": ("s", "{:.1f}"), "steps": ("steps", "{:.1f}"), "fd": ("FD", "{:.2f}"),
+    "is": ("IS", "{:.2f}"), "precision": ("prec", "{:.2f}"), "recall": ("rec", "{:.2f}"),
+    "agreement": ("class", "{:.1%}"), "nearest_pixels": ("near px", "{:.2f}"),
+    "nearest_features": ("near ft", "{:.2f}"), "diverged": ("div", "{:.0f}"),
 }  # fmt: skip
 
 
 def metric_table(rows, title):
     """One rich table of metric dicts, "name" first; what a row lacks stays empty."""
-    table = Table(box=rich.box.SIMPLE_HEAD, title=title)
-    table.add_column("start, stop")
-    for key in METRIC_COLUMNS:
-        table.add_column(key.replace("_", " "), justify="right")
+    table = Table(
+        box=rich.box.SIMPLE_HEAD, title=title, padding=(0, 0, 0, 1), collapse_padding=True
+    )
+    table.add_column("start, stop", no_wrap=True)
+    for header, _ in METRIC_COLUMNS.values():
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
-        cells = [(key, row.get(key)) for key in METRIC_COLUMNS]
-        table.add_row(row["name"], *["" if v is None else METRIC_COLUMNS[k].format(v)
-                                     for k, v in cells])  # fmt: skip
+        cells = [("" if row.get(k) is None else form.format(row[k]))
+                 for k, (_, form) in METRIC_COLUMNS.items()]  # fmt: skip
+        table.add_row(row["name"], *cells)
     return table
 
 
@@ -800,7 +808,7 @@ def generate(
     ] = None,
     per_class: Annotated[int, typer.Option(help="images per class")] = 100,
     classes: Annotated[str, typer.Option(help="names or numbers, such as disc,ring")] = "",
-    out: Annotated[Optional[str], typer.Option(help="default: generate-<n> beside CHECKPOINT")] = None,
+    out: Annotated[Optional[str], typer.Option(help="default: generate-<n> beside it")] = None,
     init: Annotated[
         str, typer.Option(help="where to start: noise, mean, pca, gaussian, local-pca")
     ] = "local-pca",
@@ -825,12 +833,12 @@ def generate(
     quantile: Annotated[float, typer.Option(help="for --stop quantile")] = 0.5,
     metrics: Annotated[bool, typer.Option(help="measure the images")] = True,
     judge: Annotated[
-        str, typer.Option(help="classifier (trained once on the same data), a checkpoint, inception")
+        str, typer.Option(help="classifier (trained once on these data), a checkpoint, inception")
     ] = "classifier",
     inception_weights: Annotated[str, typer.Option(help="file; default: downloaded")] = "",
     reference: Annotated[int, typer.Option(help="real images judged per split; 0: all")] = 10_000,
-    compare: Annotated[bool, typer.Option("--compare", help="every start, fixed and adaptive")] = False,
-    trace: Annotated[bool, typer.Option("--trace", help="film the walks: trace/, trace.gif")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="each start, fixed, adaptive")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="film walks: trace/, trace.gif")] = False,
     dataset: Annotated[Optional[str], typer.Option(help="default: the checkpoint's")] = None,
     data_dir: Annotated[Optional[str], typer.Option(help="default: the checkpoint's")] = None,
     seed: Annotated[int, typer.Option(help="same seed, same pictures")] = 0,
@@ -844,11 +852,10 @@ def generate(
     Starts near the data (class-wise local PCA), walks down E(x, y) and stops at the energy of real
     images. Writes grid.png, samples/, energies.csv and report.json.
     """
-    settings = {k: v for k, v in locals().items()}
+    settings = dict(locals())
     check_generate(settings)
     console = Console(highlight=False, quiet=quiet)
-    path = Path(checkpoint) if checkpoint else newest_checkpoint()
-    path = path / "best.pt" if path.is_dir() else path
+    path = checkpoint_path(checkpoint) if checkpoint else newest_checkpoint()
     device, n = ebm_at.pick_device(device), per_class
     model, loaded = ebm_at.load_model(path, device)
     folder = new_folder(out, path.parent, "generate")
@@ -885,6 +892,9 @@ def generate(
             report |= judged.words | {"real": {"name": "real images", **judged.floor(len(y))}}
         make = compare_starts if compare else make_images
         make(folder, (model, pca, energies, y), options, judged, report, data, wanted, console)
+    except BadInput:
+        folder.rmdir()  # it is still empty
+        raise
     except OSError as error:
         raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
 
@@ -935,7 +945,6 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     y, names = made_of[3], [data.classes[k] for k in wanted]
     n, rows = len(y) // len(wanted), []
     adaptive = "mean" if options["stop"] == "fixed" else options["stop"]
-    (folder / "grids").mkdir()
     stopped = False
     try:
         for init in ebm_at.STARTS:
@@ -945,6 +954,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
                 x8, _, row = one_batch(*made_of[:4], chosen, judged, watch)
                 rows.append(row)
                 grid = labelled_grid([r[:10] for r in x8.split(n)], names)
+                (folder / "grids").mkdir(exist_ok=True)
                 grid.save(folder / "grids" / f"{init}-{stop}.png")
     except KeyboardInterrupt:
         stopped = True

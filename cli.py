@@ -3,17 +3,18 @@
 python cli.py train --help
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import inspect
-import itertools
 import json
 import os
 import platform
 import sys
 import time
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -96,27 +97,37 @@ def config_from(settings, preset):
 # --------------------------------------------------------------------------------------------------
 
 
+def new_folder(out, beside, stem):
+    """`out`, or the next free <beside>/<stem>-<n>; not made yet. Raises: RunError if in use."""
+    folder, n = Path(out) if out else None, 1
+    while folder is None or (not out and folder.exists()):
+        folder, n = Path(beside, f"{stem}-{n}"), n + 1
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"'{folder}' exists: nothing was touched; name a new folder with --out")
+    return folder
+
+
+def make_folder(folder):
+    """Creates a folder with its parents and returns it. Raises: RunError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror
+        raise RunError(f"cannot write to '{folder}' ({reason}); name another with --out") from error
+    return folder
+
+
 def make_run_folder(config, out):
     """Creates and returns `out`, or the next free runs/<dataset>-<method>[-der]-<n>.
 
     Raises: RunError when it is in use or cannot be made.
     """
     name = f"{Path(config.dataset).stem}-{config.method}{'-der' * config.der}"
-    folder = Path(out) if out else None
+    folder = make_folder(new_folder(out, "runs", name))
     try:
-        if folder is None:
-            taken = [p.name.rpartition("-")[2] for p in Path("runs").glob(f"{name}-*")]
-            folder = Path(
-                "runs", f"{name}-{1 + max([int(n) for n in taken if n.isdigit()], default=0)}"
-            )
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"'{folder}' exists: nothing was touched; name a new folder with --out")
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     except OSError as error:
-        raise RunError(
-            f"cannot write to '{folder}' ({error.strerror}); name another with --out"
-        ) from error
+        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
     return folder
 
 
@@ -548,7 +559,7 @@ def attack(
     classes = ebm_at.check_model(model, x, y).shape[1]
     for name in names if attacks else ():
         ebm_at.find_attack(name, classes)
-    folder = make_attack_folder(out, path)
+    folder = make_folder(new_folder(out, path.parent if path else "runs", "attack"))
     told = {
         "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data.name,
         "split": split, "n": n, "eps": eps, "norm": norm, "suite": names, "steps": steps,
@@ -677,23 +688,6 @@ def import_model(spec):
     if not isinstance(model, torch.nn.Module):
         raise BadInput(f"--model-from '{spec}' returned {type(model).__name__}, not an nn.Module")
     return model
-
-
-def make_attack_folder(out, checkpoint):
-    """Creates and returns `out`, or the next free attack-<n> beside the checkpoint (or in runs/).
-
-    Raises: RunError.
-    """
-    beside = checkpoint.parent if checkpoint else Path("runs")
-    free = (beside / f"attack-{n}" for n in itertools.count(1))
-    folder = Path(out) if out else next(p for p in free if not p.exists())
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise RunError(
-            f"cannot make '{folder}' ({error.strerror}); name another with --out"
-        ) from error
-    return folder
 
 
 def sha256(path):
@@ -861,6 +855,489 @@ def save_adversarial(model, found, y, save, save_png):
         )
         say(f"saved {len(y)} PNGs in {save_png}: accuracy {before:.1%} as float tensors,"
             f" {after:.1%} after rounding to 8 bits")  # fmt: skip
+
+
+# generate
+# --------------------------------------------------------------------------------------------------
+
+
+class Bar:
+    """How far a long piece of work is: a bar in a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, console, text, total):
+        self.console, self.text, self.total = console, text, max(total, 1)
+        self.began = self.told = time.monotonic()
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
+            transient=True, disable=not console.is_terminal or console.quiet,
+        )  # fmt: skip
+        self.task = self.bar.add_task(text, total=self.total, note="")
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def to(self, completed, note=""):
+        """`completed` of the total is done; note: in words."""
+        completed, now = min(completed, self.total), time.monotonic()
+        self.bar.update(self.task, completed=completed, note=note)
+        if not self.console.is_terminal and not self.console.quiet and now - self.told > 10:
+            self.told = now
+            left = (now - self.began) * (self.total / max(completed, 1e-9) - 1)
+            print(f"{self.text}: {note or f'{completed / self.total:.0%}'}"
+                  f"  (about {left:.0f} s left)", flush=True)  # fmt: skip
+
+
+class Watch(Bar):
+    """The on_progress of ebm_at.generate: shows images done, keeps the images, and films some."""
+
+    def __init__(self, console, text, n, steps, filmed=()):
+        super().__init__(console, text, n)
+        self.steps, self.filmed, self.frames, self.x = max(steps, 1), list(filmed), [], None
+
+    def __call__(self, step, x, moving):
+        self.x, stopped = x, self.total - len(moving)
+        self.to(stopped + len(moving) * step / (self.steps + 1), f"{stopped}/{self.total} images")
+        if step == int(step) and self.filmed:
+            self.frames.append(to_uint8(x[self.filmed]).cpu())
+
+
+def data_of(checkpoint, dataset=None, data_dir=None):
+    """The data a checkpoint was trained on, or `dataset`, which must have the same classes.
+
+    Returns: its Config, with those two replaced, and Data. Raises: BadInput, RunError.
+    """
+    try:
+        config = Config(**checkpoint["config"])
+    except (KeyError, TypeError) as error:
+        raise RunError("the checkpoint was made by another version: train it again") from error
+    config.dataset, config.data_dir = dataset or config.dataset, data_dir or config.data_dir
+    if config.dataset != checkpoint["config"]["dataset"]:
+        config.limit = 0
+    data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
+    trained_on, channels = checkpoint["classes"], checkpoint["spec"]["in_channels"]
+    if data.classes != trained_on or data.x_train.shape[1] != channels:
+        some = ", ".join(trained_on[:4])
+        raise BadInput(
+            f"the checkpoint was trained on {len(trained_on)} other classes ({some} ...,"
+            f" {channels} channels) than '{data.name}' has: give its own data with --dataset"
+        )
+    return config, data
+
+
+def pick_classes(text, classes):
+    """ "disc,ring" or "0,1" -> class numbers, all of them for "". Raises: BadInput."""
+    picked = []
+    for name in filter(None, (part.strip() for part in (text or ",".join(classes)).split(","))):
+        if name not in classes and not (name.isdigit() and int(name) < len(classes)):
+            ebm_at.check_choice("class", name, classes)
+        k = classes.index(name) if name in classes else int(name)
+        picked += [k] if k not in picked else []
+    return picked
+
+
+def checksum(data):
+    """A number that changes with the training images."""
+    return zlib.crc32(data.x_train.contiguous().numpy().tobytes())
+
+
+def fitted_pca(path, data, components, device):
+    """The class-wise PCA of the training images: kept at `path`, or fitted and kept there."""
+    key = {"components": components, "n": len(data.y_train), "checksum": checksum(data)}
+    with contextlib.suppress(RunError):
+        kept = ebm_at.load_checkpoint(path)
+        if kept.get("key") == key:
+            parts = {k: v.to(device) if torch.is_tensor(v) else v for k, v in kept["pca"].items()}
+            return ebm_at.ClassPCA(**parts)
+    x, y = data.x_train.to(device), data.y_train.to(device)
+    pca = ebm_at.ClassPCA.fit(x, y, len(data.classes), components)
+    with contextlib.suppress(RunError):  # not writable: fitted again next time
+        ebm_at.save_checkpoint(path, {"format": "ebm-at 1", "key": key, "pca": vars(pca)})
+    return pca
+
+
+def make_judge(name, weights, config, data, device, console):
+    """A network that did not make the images, and what it is, in words. See --judge."""
+    if name == "inception":
+        words = f"torchvision Inception-v3, {weights or 'IMAGENET1K_V1'}, images resized to 299"
+        return ebm_at.Inception(weights).to(device).eval(), words + ", bilinear, antialiased"
+    if name != "classifier":
+        judge, checkpoint = ebm_at.load_model(find_checkpoint(name), device)
+        if checkpoint["classes"] != data.classes:
+            raise BadInput(f"the judge '{name}' was trained on other classes than '{data.name}'")
+        return judge, f"{name}, epoch {checkpoint['epoch']}"
+    if config.limit:  # the judge may see all of it
+        data = ebm_at.load_data(config.dataset, config.data_dir, 0, config.val_fraction)
+    path = Path("runs", "judges", f"{Path(data.name).stem}-{checksum(data):08x}.pt")
+    if not path.exists():
+        settings = ebm_at.recipe(
+            config.dataset, "none", model="small", width=32, epochs=5 + 7 * (data.name != "shapes"),
+            batch_size=min(128, len(data.x_train)), schedule="triangular", lr=0.2, probe_size=4,
+            probe_every=10**9, seed=1, device=str(device),
+        )  # fmt: skip
+        trainer = ebm_at.Trainer(settings, data, ebm_at.build_model(settings, data))
+        with Bar(console, "training the judge", settings.epochs) as bar:
+            for _ in trainer.run(on_progress=lambda e, i, n: bar.to(e + i / n, f"epoch {e + 1}")):
+                pass
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make '{path.parent}' ({error.strerror})") from error
+        ebm_at.save_checkpoint(path, {k: v for k, v in trainer.checkpoint().items()
+                                      if k != "training"})  # fmt: skip
+    return ebm_at.load_model(path, device)[0], f"an ordinary classifier, {path}"
+
+
+class Reference:
+    """A judge and what it says of the real images; `of(...)` compares generated ones with them."""
+
+    def __init__(self, judge, words, data, classes, most, device, console, batch_size):
+        self.judge, self.batch_size, self.knows = judge, batch_size, words.find("Inception") < 0
+        wanted = torch.tensor(classes)
+        real, keep = {}, {}
+        for split in ("train", "test"):
+            x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
+            rows = torch.isin(y, wanted).nonzero().squeeze(1)
+            real[split] = x[rows].to(device), y[rows].to(device)
+            keep[split] = ebm_at.stratified(y[rows], min(most or len(rows), len(rows)), 0)
+        (self.pixels, _), (x, y) = real["train"], real["test"]
+        self.pixels = ebm_at.as_pixels(self.pixels).flatten(1)
+        rows = keep["train"]
+        with Bar(console, "judging real images", len(rows) + len(keep["test"])) as bar:
+            self.train, p = ebm_at.judge_images(judge, real["train"][0][rows], batch_size, bar.to)
+            x, y = x[keep["test"]], y[keep["test"]]
+            self.test, q = ebm_at.judge_images(judge, x, batch_size, lambda n: bar.to(len(p) + n))
+        self.x, self.y, self.q = x, y, q
+        self.words = {
+            "judge": words, "judge_test_accuracy": self.agreement(q, y),
+            "reference": f"{len(y)} test images", "neighbours_among_train_images":
+            {"pixels": len(self.pixels), "features": len(self.train)},
+        }  # fmt: skip
+
+    def agreement(self, probabilities, y):
+        return ebm_at.class_agreement(probabilities, y) if self.knows else None
+
+    def floor(self, n):
+        """What n real images score: train images against test ones; neighbours of test images."""
+        found = self.compare(self.train[:n], None, None)
+        x, y, q = self.x[:n], self.y[:n], self.q[:n]
+        score = ebm_at.inception_score(q, min(10, len(q)))
+        found |= {"is": score[0], "is_std": score[1], "agreement": self.agreement(q, y)}
+        return found | self.nearest(x, self.test[:n])
+
+    def of(self, x8, y):
+        """Every metric of generated images, uint8 as they are saved."""
+        features, p = ebm_at.judge_images(self.judge, x8, self.batch_size)
+        return self.compare(features, p, y) | self.nearest(x8, features)
+
+    def compare(self, features, p, y):
+        found = {"n": len(features), "fd": ebm_at.frechet_distance(features, self.test)}
+        k = min(3, len(features) - 1, len(self.test) - 1)
+        sides = ebm_at.precision_recall(self.test, features, k)
+        found |= {"precision": sides[0], "recall": sides[1]}
+        if p is not None:
+            score = ebm_at.inception_score(p, min(10, len(p)))
+            found |= {"is": score[0], "is_std": score[1], "agreement": self.agreement(p, y)}
+        return found
+
+    def nearest(self, x8, features):
+        """Median and smallest distance to a training image, in pixels and in features."""
+        pixels, _ = ebm_at.nearest_distance(ebm_at.as_pixels(x8).flatten(1), self.pixels)
+        deep, _ = ebm_at.nearest_distance(features, self.train)
+        return {"nearest_pixels": pixels.median().item(), "nearest_pixels_min": pixels.min().item(),
+                "nearest_features": deep.median().item()}  # fmt: skip
+
+
+def to_uint8(x):
+    """Images in [0, 1] as they are saved: rounded to 8 bits."""
+    return (x * 255).round().to(torch.uint8)
+
+
+def picture(x8, scale=None):
+    """A uint8 image (C, H, W) as a Pillow image, enlarged so that one sees it."""
+    from PIL import Image  # torchvision's own requirement
+
+    image = Image.fromarray(x8.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())
+    scale = scale or max(1, 64 // x8.shape[-1])
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def labelled_grid(rows, names):
+    """Rows of images, each list of uint8 (n, C, H, W), its name at the left: a Pillow image."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    make_grid, width = ebm_at.import_torchvision().utils.make_grid, max(len(r) for r in rows)
+    scale = max(1, 64 // rows[0].shape[-1])
+    strips = []
+    for row in rows:
+        blank = torch.full((width - len(row), *row.shape[1:]), 255, dtype=torch.uint8)
+        strips.append(picture(make_grid(torch.cat([row.cpu(), blank]), width, 1, pad_value=255),
+                              scale))  # fmt: skip
+    font = ImageFont.load_default(16)
+    margin = 12 + max(int(font.getlength(name)) for name in names)
+    page = Image.new("RGB", (margin + strips[0].width, sum(s.height for s in strips)), "white")
+    for i, (strip, name) in enumerate(zip(strips, names)):
+        page.paste(strip, (margin, i * strip.height))
+        at = (margin - 6, i * strip.height + strip.height // 2)
+        ImageDraw.Draw(page).text(at, name, "black", font, anchor="rm")
+    return page
+
+
+def save_film(folder, watch, steps, names, per_class):
+    """trace/<class>.png, from start to stop, and trace.gif, all classes at once."""
+    rows = torch.tensor(watch.filmed).view(len(names), -1)
+    longest = steps[rows].argmax(1)  # of the filmed images of a class, the one that walked farthest
+    chosen = torch.arange(len(names)) * rows.shape[1] + longest
+    frames = torch.stack(watch.frames)[:, chosen]  # (T, classes, C, H, W)
+    (folder / "trace").mkdir()
+    for i, name in enumerate(names):
+        last = int(steps[watch.filmed[int(chosen[i])]])
+        at = sorted({round(last * j / 9) for j in range(10)})
+        labelled_grid([frames[at, i]], [name]).save(folder / "trace" / f"{file_name(name)}.png")
+    grids = [labelled_grid([frame], [f"step {t}"]) for t, frame in enumerate(frames)]
+    durations = [200] * (len(grids) - 1) + [2000]
+    grids[0].save(folder / "trace.gif", save_all=True, append_images=grids[1:], loop=0,
+                  duration=durations)  # fmt: skip
+
+
+def file_name(name):
+    """A class name as a file name: "T-shirt/top" -> "T-shirt_top"."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+
+
+def save_samples(folder, x8, y, record, classes):
+    """samples/<class>/<n>.png and energies.csv, a row per image."""
+    stopped, counts = ("cap", "target", "diverged"), [0] * len(classes)
+    lines = ["file,class,steps,energy_start,energy_end,target,stopped"]
+    values = [record[k].tolist() for k in ("steps", "energy_start", "energy_end", "target")]
+    for i, k in enumerate(y.tolist()):
+        name = f"samples/{file_name(classes[k])}/{counts[k]:05d}.png"
+        counts[k] += 1
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(x8[i], 1).save(folder / name)
+        numbers = ",".join(f"{v[i]:.6g}" for v in values)
+        lines.append(
+            f"{name},{file_name(classes[k])},{numbers},{stopped[int(record['stopped'][i])]}"
+        )
+    write_atomically(folder / "energies.csv", "\n".join(lines) + "\n")
+
+
+METRIC_COLUMNS = {  # key of a row: how the table calls it, how it is printed
+    "seconds": ("s", "{:.1f}"), "steps": ("steps", "{:.1f}"), "fd": ("FD", "{:.2f}"),
+    "is": ("IS", "{:.2f}"), "precision": ("prec", "{:.2f}"), "recall": ("rec", "{:.2f}"),
+    "agreement": ("class", "{:.1%}"), "nearest_pixels": ("near px", "{:.2f}"),
+    "nearest_features": ("near ft", "{:.2f}"), "diverged": ("div", "{:.0f}"),
+}  # fmt: skip
+
+
+def metric_table(rows, title):
+    """One rich table of metric dicts, "name" first; what a row lacks stays empty."""
+    table = Table(
+        box=rich.box.SIMPLE_HEAD, title=title, padding=(0, 0, 0, 1), collapse_padding=True
+    )
+    table.add_column("start, stop", no_wrap=True)
+    for header, _ in METRIC_COLUMNS.values():
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in rows:
+        cells = [("" if row.get(k) is None else form.format(row[k]))
+                 for k, (_, form) in METRIC_COLUMNS.items()]  # fmt: skip
+        table.add_row(row["name"], *cells)
+    return table
+
+
+def one_batch(model, pca, energies, y, options, reference, watch):
+    """Generates images of classes y and measures them: uint8 images, record, row of numbers."""
+    began = time.perf_counter()
+    with watch:
+        x, record = ebm_at.generate(model, pca, y, energies, on_progress=watch, **options)
+    seconds = time.perf_counter() - began
+    x8, record = to_uint8(x), {k: v.cpu() for k, v in record.items()}
+    counts = {name: int((record["stopped"] == i).sum())
+              for i, name in enumerate(("at_cap", "at_target", "diverged"))}  # fmt: skip
+    row = {"name": f"{options['init']}, {options['stop']}", "n": len(y), "seconds": seconds}
+    row |= {"steps": record["steps"].float().mean().item(), **counts}
+    for key in ("energy_start", "energy_end"):
+        row[key] = record[key].nanmean().item()
+    return x8, record, row | (reference.of(x8, y) if reference else {})
+
+
+@app.command(rich_help_panel="Commands")
+def generate(
+    checkpoint: Annotated[
+        Optional[str], typer.Argument(help="a .pt file or a run folder; default: the newest run")
+    ] = None,
+    per_class: Annotated[int, typer.Option(help="images per class")] = 100,
+    classes: Annotated[str, typer.Option(help="names or numbers, such as disc,ring")] = "",
+    out: Annotated[Optional[str], typer.Option(help="default: generate-<n> beside it")] = None,
+    init: Annotated[
+        str, typer.Option(help="where to start: noise, mean, pca, gaussian, local-pca")
+    ] = "local-pca",
+    components: Annotated[
+        float, typer.Option(help="of each class's PCA: their number, or the variance to keep (.99)")
+    ] = 50,
+    neighbours: Annotated[int, typer.Option(help="images in a local-pca neighbourhood")] = 20,
+    temperature: Annotated[float, typer.Option(help="of local-pca: scales its covariance")] = 1.0,
+    candidates: Annotated[
+        int, typer.Option(help="starts drawn per image; the one with a real image's energy is kept")
+    ] = 1,
+    steps: Annotated[int, typer.Option(help="at most so many")] = 60,
+    step_size: Annotated[float, typer.Option(help="length of a step, in [0, 1] pixels")] = 0.3,
+    momentum: Annotated[float, typer.Option(help="how much of the last step is kept")] = 0.8,
+    noise: Annotated[float, typer.Option(help="std of the noise added at each step")] = 0.001,
+    normalize: Annotated[bool, typer.Option(help="give every gradient length 1")] = True,
+    mix: Annotated[float, typer.Option(help="share of E(x) in the energy walked down")] = 0.0,
+    stop: Annotated[
+        str, typer.Option(help="when E(x,y) is the mean, a quantile, or a draw (sampled) of real"
+                          " images' energies; or fixed: after all steps")
+    ] = "mean",
+    quantile: Annotated[float, typer.Option(help="for --stop quantile")] = 0.5,
+    metrics: Annotated[bool, typer.Option(help="measure the images")] = True,
+    judge: Annotated[
+        str, typer.Option(help="classifier (trained once on these data), a checkpoint, inception")
+    ] = "classifier",
+    inception_weights: Annotated[str, typer.Option(help="file; default: downloaded")] = "",
+    reference: Annotated[int, typer.Option(help="real images judged per split; 0: all")] = 10_000,
+    compare: Annotated[bool, typer.Option("--compare", help="each start, fixed, adaptive")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="film walks: trace/, trace.gif")] = False,
+    dataset: Annotated[Optional[str], typer.Option(help="default: the checkpoint's")] = None,
+    data_dir: Annotated[Optional[str], typer.Option(help="default: the checkpoint's")] = None,
+    seed: Annotated[int, typer.Option(help="same seed, same pictures")] = 0,
+    batch_size: Annotated[int, typer.Option(help="images per call of the model")] = 500,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, bf16, or fp32")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the result")] = False,
+):  # fmt: skip
+    """Make images with a robust classifier, and measure how good and how varied they are.
+
+    Starts near the data (class-wise local PCA), walks down E(x, y) and stops at the energy of real
+    images. Writes grid.png, samples/, energies.csv and report.json.
+    """
+    settings = dict(locals())
+    check_generate(settings)
+    console = Console(highlight=False, quiet=quiet)
+    path = find_checkpoint(checkpoint)
+    device, n = ebm_at.pick_device(device), per_class
+    model, loaded = ebm_at.load_model(path, device)
+    folder = new_folder(out, path.parent, "generate")
+    config, data = data_of(loaded, dataset, data_dir)
+    wanted = pick_classes(classes, data.classes)
+    dtype = ebm_at.pick_precision(precision, device)
+    console.print(f"{path}: {config.method}{' + DER' * config.der} on {data.name}, epoch"
+                  f" {loaded['epoch']}; {n} images of each of {len(wanted)} classes, {device}"
+                  f" {str(dtype).removeprefix('torch.')}, seed {seed}", soft_wrap=True)  # fmt: skip
+    began = time.perf_counter()
+    components = int(components) if components >= 1 else components
+    pca = fitted_pca(path.parent / "pca.pt", data, components, device)
+    call = {"dtype": dtype, "batch_size": batch_size}
+    energies = ebm_at.class_energies(model, data.x_train.to(device), data.y_train.to(device),
+                                     len(data.classes), **call)  # fmt: skip
+    prepared = time.perf_counter() - began
+    y = torch.tensor(wanted, device=device).repeat_interleave(n)
+    judged = None
+    if metrics:
+        network, words = make_judge(judge, inception_weights, config, data, device, console)
+        judged = Reference(network, words, data, wanted, reference, device, console, batch_size)
+    taken = ("init", "neighbours", "temperature", "candidates", "stop", "quantile", "seed", "steps",
+             "step_size", "momentum", "noise", "normalize", "mix")  # fmt: skip
+    options = {k: settings[k] for k in taken} | call
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint", "out", "device"):
+            settings[name] = str({"checkpoint": path, "out": folder, "device": device}[name])
+        report = {"settings": settings, "dataset": data.name, "method": config.method,
+                  "der": config.der, "epoch": loaded["epoch"], "prepare_seconds": prepared,
+                  "device": device_name(device), "precision": str(dtype).removeprefix("torch."),
+                  "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+        if judged:
+            report |= judged.words | {"real": {"name": "real images", **judged.floor(len(y))}}
+        make = compare_starts if compare else make_images
+        make(folder, (model, pca, energies, y), options, judged, report, data, wanted, console)
+    except BadInput:
+        folder.rmdir()  # it is still empty
+        raise
+    except OSError as error:
+        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+
+
+def check_generate(settings):
+    """Refuses options that cannot work before anything long begins. Raises: BadInput."""
+    for name in ("per_class", "batch_size", "candidates"):
+        if settings[name] < 1:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least 1, not {settings[name]}")
+    for name in ("steps", "noise", "seed", "temperature", "reference"):
+        if settings[name] < 0:
+            raise BadInput(f"--{name} must not be negative, but is {settings[name]}")
+    if settings["trace"] and settings["compare"]:
+        raise BadInput("--trace films one way of generating, --compare runs many: drop one")
+    ebm_at.check_choice("init", settings["init"], ebm_at.STARTS)
+    ebm_at.check_choice("stop", settings["stop"], ebm_at.STOPS)
+
+
+def make_images(folder, made_of, options, judged, report, data, wanted, console):
+    """One way of generating: grid.png, samples/, energies.csv, report.json, and a table."""
+    y, names = made_of[3], [data.classes[k] for k in wanted]
+    n = len(y) // len(wanted)
+    filmed = [k * n + i for k in range(len(wanted)) for i in range(min(8, n))]
+    filmed = filmed if report["settings"]["trace"] else []
+    watch = Watch(console, "generating", len(y), options["steps"], filmed)
+    try:
+        x8, record, row = one_batch(*made_of, options, judged, watch)
+    except KeyboardInterrupt:
+        if watch.x is not None:
+            labelled_grid(list(to_uint8(watch.x).split(n)), names).save(folder / "unfinished.png")
+            print(f"\nstopped: the images so far are in {folder}/unfinished.png", file=sys.stderr)
+        raise typer.Exit(130) from None
+    rows = x8.split(n)
+    labelled_grid([r[:10] for r in rows], names).save(folder / "grid.png")
+    save_samples(folder, x8, y, record, data.classes)
+    if filmed:
+        save_film(folder, watch, record["steps"], names, n)
+    report["generated"] = row
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    shown = [row] + ([report["real"]] if judged else [])
+    console.print(metric_table(shown, f"{len(y)} images"))
+    console.print(f"Saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}",
+                  soft_wrap=True)  # fmt: skip
+
+
+def compare_starts(folder, made_of, options, judged, report, data, wanted, console):
+    """Every start, with fixed steps and with adaptive stopping: compare.csv, grids/, one table."""
+    y, names = made_of[3], [data.classes[k] for k in wanted]
+    n, rows = len(y) // len(wanted), []
+    adaptive = "mean" if options["stop"] == "fixed" else options["stop"]
+    stopped = False
+    try:
+        for init in ebm_at.STARTS:
+            for stop in ("fixed", adaptive):
+                chosen = options | {"init": init, "stop": stop}
+                watch = Watch(console, f"{init}, {stop}", len(y), options["steps"])
+                x8, _, row = one_batch(*made_of[:4], chosen, judged, watch)
+                rows.append(row)
+                grid = labelled_grid([r[:10] for r in x8.split(n)], names)
+                (folder / "grids").mkdir(exist_ok=True)
+                grid.save(folder / "grids" / f"{init}-{stop}.png")
+    except KeyboardInterrupt:
+        stopped = True
+    shown = rows + ([report["real"]] if judged else [])
+    report["compared"] = rows
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    keys = ["name", "n", *METRIC_COLUMNS, "at_cap", "energy_start", "energy_end"]
+    lines = [",".join(keys)]
+    for row in shown:
+        cells = [row.get(k) for k in keys]
+        cells = ["" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells]
+        lines.append(",".join(c.replace(", ", " ") for c in cells))
+    write_atomically(folder / "compare.csv", "\n".join(lines) + "\n")
+    console.print(
+        metric_table(shown, f"{len(y)} images each; {options['steps']} steps or adaptive")
+    )
+    console.print(f"Saved in {folder}: compare.csv, grids/, report.json", soft_wrap=True)
+    if stopped:
+        raise typer.Exit(130)
 
 
 # --------------------------------------------------------------------------------------------------

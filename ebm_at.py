@@ -411,7 +411,7 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
             share_of = f"{val_fraction:g} of {len(y)} training images"
             raise BadInput(f"'{name}': {share_of} leaves no validation or no training split")
         held_out = torch.zeros(len(y), dtype=torch.bool)
-        held_out[_stratified(y, count, seed)] = True
+        held_out[stratified(y, count, seed)] = True
         splits["train"], splits["val"] = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
     if limit:
         x, y = splits["train"]
@@ -419,12 +419,12 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
             raise BadInput(
                 f"limit {limit} must be between {len(classes)} (the classes) and {len(y)}"
             )
-        chosen = _stratified(y, limit, seed)
+        chosen = stratified(y, limit, seed)
         splits["train"] = x[chosen], y[chosen]
     return Data(*splits["train"], *splits["val"], *splits["test"], classes, name)
 
 
-def _stratified(y, count, seed):
+def stratified(y, count, seed):
     """`count` indices into labels y (N,), each class by its share, in a seeded random order."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
     by_class = order[torch.argsort(y[order], stable=True)]
@@ -2228,3 +2228,472 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
     """
     model = build_model(config, data) if model is None else model
     yield from Trainer(config, data, model, resume).run(folder, on_progress)
+
+
+# ==================================================================================================
+# 9. Generation: class-wise local PCA, energy guidance, adaptive stopping
+# ==================================================================================================
+
+# The gradients of a robust classifier look like the class: walking down E(x, y) paints class y into
+# an image. Where the walk STARTS decides how varied the pictures are, where it STOPS how good: real
+# images are not the points of lowest energy, they lie where E(x, y) has a certain value, and a walk
+# that goes on beyond it ends in saturated caricatures. So: start near the data, in a low-dimensional
+# model of each class, and stop as soon as the energy is that of real images.
+
+
+def as_pixels(x):
+    """Images as float in [0, 1]: uint8 is divided by 255, float stays."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
+
+
+def principal_components(flat, components):
+    """The leading principal directions of centred rows.
+
+    The directions are eigenvectors of the covariance (D, D), but with n < D rows it is cheaper to
+    take those u of the Gram matrix (n, n): its eigenvalues s^2 are the same, and v = flat^T u / s.
+    Where both matrices are large and few directions are wanted, neither is formed: a random
+    subspace is multiplied by the covariance again and again (orthogonal iteration), which turns it
+    towards the leading directions.
+
+    Args: flat (n, D); components, how many (int), or the share of variance to retain (0 < v < 1).
+    Returns: directions (P, D) with orthonormal rows, standard deviation along each (P,).
+    Source: Halko, Martinsson & Tropp 2011, algorithm 4.4.
+    """
+    n, d = flat.shape
+    if components >= 1 and 20 * components < min(n, d):
+        q = torch.randn(d, components + 10, generator=torch.Generator().manual_seed(0))
+        q = q.to(flat)
+        for _ in range(6):
+            q = torch.linalg.qr(flat.T @ (flat @ q))[0]  # (D, P + 10)
+        _, s, v = torch.linalg.svd(flat @ q, full_matrices=False)
+        v = v @ q.T
+    else:
+        values, u = torch.linalg.eigh(flat @ flat.T if n <= d else flat.T @ flat)  # ascending
+        s, v = values.flip(0).clamp_min(0).sqrt(), u.flip(1).T  # v: (n, n) or (D, D), rows
+        v = (v @ flat) / s.clamp_min(1e-12)[:, None] if n <= d else v
+    if components < 1:
+        retained = (s**2).cumsum(0) / (s**2).sum().clamp_min(1e-12)
+        components = int((retained < components).sum()) + 1
+    keep = min(components, int((s > 1e-3 * s[0]).sum()))  # below, a float32 Gram matrix is noise
+    return v[:keep], s[:keep] / math.sqrt(max(n - 1, 1))
+
+
+@dataclass
+class ClassPCA:
+    """(E26) One PCA per class: codes z = V_y (x - mu_y) of an image, and back, x = mu_y + V_y^T z.
+
+    mean (K, D); components V (K, P, D), orthonormal rows, zeros where a class has fewer than P; std
+    (K, P), of real codes; codes (n, P) and labels (n,) of the images it was fitted to; shape of an
+    image, [C, H, W] with D = C H W.
+    """
+
+    mean: torch.Tensor
+    components: torch.Tensor
+    std: torch.Tensor
+    codes: torch.Tensor
+    labels: torch.Tensor
+    shape: list
+
+    @classmethod
+    def fit(cls, x, y, num_classes, components=50):
+        """Fits one PCA to the images of each class, on the device they lie on.
+
+        Args: x, uint8, or float in [0, 1], (n, C, H, W); y int64 (n,); components, their number, or
+            the share of the variance they retain (0 < v < 1).
+        Returns: ClassPCA.
+        Raises: BadInput for a class without images, or a number of components that is none.
+        """
+        whole = components >= 1 and components == int(components)
+        if not whole and not 0 < components < 1:
+            raise BadInput(f"components must be a whole number or a share below 1: {components}")
+        fitted = []
+        for k in range(num_classes):
+            of_class = as_pixels(x[y == k]).flatten(1)
+            if len(of_class) == 0:
+                raise BadInput(f"class {k} has no images; the PCA needs some of every class")
+            mean = of_class.mean(0)
+            found = principal_components(of_class - mean, int(components) if whole else components)
+            fitted.append((mean, *found))
+        most, d = max(1, max(len(s) for _, _, s in fitted)), x[0].numel()
+        v = torch.zeros(num_classes, most, d, device=x.device)
+        std = torch.zeros(num_classes, most, device=x.device)
+        for k, (_, directions, s) in enumerate(fitted):
+            v[k, : len(s)], std[k, : len(s)] = directions, s
+        mean = torch.stack([mean for mean, _, _ in fitted])
+        pca = cls(mean, v, std, torch.empty(0), y, list(x.shape[1:]))
+        pca.codes = pca.encode(x, y)
+        return pca
+
+    def encode(self, x, y):
+        """Codes of images under their class's PCA: (N, C, H, W), (N,) -> (N, P)."""
+        z = torch.empty(len(x), self.std.shape[1], device=self.mean.device)
+        for k in y.unique().tolist():
+            rows = y == k
+            z[rows] = (as_pixels(x[rows]).flatten(1) - self.mean[k]) @ self.components[k].T
+        return z
+
+    def decode(self, z, y):
+        """Images of codes, not clipped to [0, 1]: (N, P), (N,) -> (N, C, H, W)."""
+        x = torch.empty(len(z), self.mean.shape[1], device=self.mean.device)
+        for k in y.unique().tolist():  # class by class: a gather of V_y would take 600 kB an image
+            rows = y == k
+            x[rows] = self.mean[k] + z[rows] @ self.components[k]
+        return x.view(len(z), *self.shape)
+
+
+STARTS = {
+    "noise": "uniform noise, the same for all classes",
+    "mean": "the mean image of the class",
+    "pca": "class mean + .35 standard deviations along each component (the predecessor's recipe)",
+    "gaussian": "one Gaussian per class, fitted in PCA space",
+    "local-pca": "a Gaussian on the neighbourhood of a real image, in PCA space",
+}
+
+
+def local_codes(pca, y, neighbours=20, temperature=1.0, generator=None):
+    """(E27) z = m + sqrt(T / (k - 1)) sum_j g_j (z_j - m),  g_j ~ N(0, 1),  m = mean_j z_j.
+
+    The z_j are the k codes nearest to that of an anchor, an image of the class drawn at random, so
+    z is a draw from the Gaussian fitted to them: its covariance is T times theirs, without forming
+    a matrix. A class is not one Gaussian cloud but a curved sheet; small patches of it are flat.
+
+    Args: y int64 (N,), classes; neighbours k, at least 2; temperature T, 0 gives the mean of each
+        neighbourhood.
+    Returns: codes (N, P).
+    Raises: BadInput when a class has fewer than k images.
+    """
+    if neighbours < 2 or temperature < 0:
+        raise BadInput("neighbours must be at least 2 and temperature not negative")
+    z = torch.empty(len(y), pca.std.shape[1], device=pca.mean.device)
+    for k in y.unique().tolist():
+        rows, own = (y == k).nonzero().squeeze(1), pca.codes[pca.labels == k]
+        if neighbours > len(own):
+            raise BadInput(f"{neighbours} neighbours, but class {k} has only {len(own)} images")
+        draw = dict(generator=generator, device=own.device)
+        anchors = own[torch.randint(len(own), rows.shape, **draw)]
+        nearest = torch.cdist(anchors, own).topk(neighbours, largest=False).indices
+        around = own[nearest]  # (n, k, P)
+        centre = around.mean(1, keepdim=True)
+        g = torch.randn(len(rows), 1, neighbours, **draw) * math.sqrt(
+            temperature / (neighbours - 1)
+        )
+        z[rows] = (centre + g @ (around - centre)).squeeze(1)
+    return z
+
+
+def draw_starts(pca, y, init="local-pca", neighbours=20, temperature=1.0, generator=None):
+    """(E28) Where the walks begin: x0 = clip(mu_y + V_y^T z), z by `init`, one of STARTS.
+
+    z = 0 for mean, s .35 g for pca, s g for gaussian (s: std of real codes, g ~ N(0, 1)).
+    Args: y int64 (N,); neighbours and temperature for local-pca (see local_codes).
+    Returns: images (N, C, H, W) in [0, 1]. Raises: BadInput.
+    """
+    check_choice("init", init, STARTS)
+    draw = dict(generator=generator, device=pca.mean.device)
+    if init == "noise":
+        return torch.rand(len(y), *pca.shape, **draw)
+    if init == "local-pca":
+        z = local_codes(pca, y, neighbours, temperature, generator)
+    else:
+        scale = {"mean": 0.0, "pca": 0.35, "gaussian": 1.0}[init]
+        z = scale * pca.std[y] * torch.randn(len(y), pca.std.shape[1], **draw)
+    return pca.decode(z, y).clamp(0, 1)
+
+
+@torch.no_grad()
+def joint_energies(model, x, y, dtype=torch.float32, batch_size=500):
+    """E(x, y) of many images in batches, in eval mode: (N, C, H, W), (N,) -> (N,)."""
+    found = []
+    with attack_mode(model), autocast(x.device, dtype):
+        for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
+            xb = as_pixels(xb).contiguous(memory_format=torch.channels_last)
+            found.append(energy_xy(model(xb), yb))
+    return torch.cat(found)
+
+
+def class_energies(model, x, y, num_classes, most=500, **options):
+    """E(x, y) of real images, class by class: a list of K tensors, each (at most `most`,)."""
+    rows = [(y == k).nonzero().squeeze(1)[:most] for k in range(num_classes)]
+    for k, found in enumerate(rows):
+        if len(found) == 0:
+            raise BadInput(f"class {k} has no images; its energies are needed to know when to stop")
+    energies = joint_energies(model, x[torch.cat(rows)], y[torch.cat(rows)], **options)
+    return list(energies.split([len(found) for found in rows]))
+
+
+STOPS = ["mean", "quantile", "sampled", "fixed"]
+
+
+def stop_targets(energies, y, stop="mean", quantile=0.5, drawn=None):
+    """(E29) The energy at which each walk ends: (N,), from the real energies of its class.
+
+    mean: their mean. quantile: the value below which that share of them lies (small: likelier
+    pictures, more steps). sampled: `drawn` (N,), one real energy per image, so that the pictures'
+    energies are spread as real ones are. fixed: -inf, never; all steps are taken.
+    """
+    check_choice("stop", stop, STOPS)
+    if not 0 <= quantile <= 1:
+        raise BadInput(f"quantile must lie in [0, 1], not {quantile}")
+    if stop == "fixed":
+        return torch.full((len(y),), -math.inf, device=y.device)
+    if stop == "sampled":
+        return drawn
+    of_class = [e.mean() if stop == "mean" else e.quantile(quantile) for e in energies]
+    return torch.stack(of_class)[y]
+
+
+def energy_gradient(model, x, y, mix=0.0):
+    """E(x, y) (N,) and the gradient (N, C, H, W) of (E30) (1 - mix) E(x, y) + mix E(x)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = model(x)
+        energy = energy_xy(logits, y)
+        guide = energy if mix == 0 else (1 - mix) * energy + mix * energy_x(logits)
+        (gradient,) = torch.autograd.grad(guide.sum(), x)
+    return energy.detach(), gradient
+
+
+@torch.no_grad()
+def sgld(model, x, y, targets, *, steps=60, step_size=0.3, momentum=0.8, noise=0.001,
+         normalize=True, mix=0.0, max_rise=100.0, dtype=torch.float32, batch_size=500,
+         generator=None, on_progress=None):  # fmt: skip
+    """(E31) Walks down the energy: nu <- zeta nu - eta g;  x <- clip(x + nu + noise N(0, 1)).
+
+    Adaptive stopping: an image whose E(x, y) <= its target stops and leaves the batch, so that work
+    is done only for what still moves. All images take step t before any takes step t + 1: the
+    random numbers, and with them the pictures, do not depend on batch_size (beyond rounding).
+
+    Args:
+        x, y: starts, float (N, C, H, W) in [0, 1], which are not changed; labels int64 (N,).
+        targets: (N,), energies to stop at (see stop_targets).
+        steps: the most steps any image takes. step_size eta, momentum zeta, noise (a std): plain
+            numbers in pixel units. mix: see energy_gradient.
+        normalize: g has length 1 per image, so that eta is a distance whatever the model's scale.
+        max_rise: an image has diverged when E(x, y) exceeds its start by more nats than that.
+        dtype, batch_size: how the model is called (see autocast).
+        on_progress: called after every batch as (step, x, moving): step t is t + the share of it
+            that is done, x all images as they are, moving (n,) the rows still walking.
+    Returns: images like x, and a record, a dict of (N,) tensors: steps taken, energy_start,
+        energy_end, target, and stopped: 0 at the cap, 1 at its target, 2 diverged (energy or
+        gradient not finite, or max_rise); the image is then left as it last was.
+    Raises: BadInput.
+    Source: Mirza et al. 2024, section 4 (the walk); Mirza et al. 2025 (the stopping).
+    """
+    check_attack(x, y, 0.0, "linf")
+    if steps < 0 or not step_size > 0 or not 0 <= momentum < 1 or noise < 0 or batch_size < 1:
+        raise BadInput("need steps >= 0, step_size > 0, 0 <= momentum < 1, noise >= 0, batch >= 1")
+    if not 0 <= mix <= 1:
+        raise BadInput(f"mix must lie in [0, 1], not {mix}")
+    x, moving = x.clone(memory_format=torch.channels_last), torch.arange(len(x), device=x.device)
+    nu = torch.zeros_like(x)
+    taken, stopped = torch.zeros_like(y), torch.zeros_like(y)
+    energy = torch.full(y.shape, math.nan, device=x.device)
+    start = energy
+    for step in range(steps + 1):
+        gradient, batches = [], moving.split(batch_size)
+        with attack_mode(model), autocast(x.device, dtype):
+            for i, rows in enumerate(batches):
+                energy[rows], g = energy_gradient(model, x[rows], y[rows], mix)
+                gradient.append(g)
+                if on_progress:
+                    on_progress(step + i / len(batches), x, moving)
+        start = energy.clone() if step == 0 else start
+        gradient, now = torch.cat(gradient), energy[moving]
+        lost = ~(now.isfinite() & gradient.flatten(1).isfinite().all(1))
+        lost |= now > start[moving] + max_rise
+        reached = ~lost & (now <= targets[moving])
+        stopped[moving[reached]], stopped[moving[lost]] = 1, 2
+        go = ~(reached | lost)
+        if step == steps or not go.any():
+            break
+        moving, nu, gradient = moving[go], nu[go], gradient[go]
+        if normalize:
+            gradient = gradient / per_image_norm(gradient)
+        nu = momentum * nu - step_size * gradient
+        jitter = noise * torch.randn(nu.shape, generator=generator, device=x.device)
+        x[moving] = (x[moving] + nu + jitter).clamp(0, 1)
+        taken[moving] += 1
+    record = {"steps": taken, "energy_start": start, "energy_end": energy, "target": targets}
+    return x, record | {"stopped": stopped}
+
+
+def generate(model, pca, y, energies, *, init="local-pca", neighbours=20, temperature=1.0,
+             candidates=1, stop="mean", quantile=0.5, seed=0, dtype=torch.float32,
+             batch_size=500, on_progress=None, **walk):  # fmt: skip
+    """Pictures of the classes y: starts by class-wise PCA, chosen and walked on by energy.
+
+    Energy guidance of the start (E32): of `candidates` starts per image the one is kept whose
+    E(x, y) is nearest to a draw from the real energies of its class. (The lowest would be the wrong
+    rule: it prefers caricatures.)
+
+    Args:
+        model: images in [0, 1] -> logits (N, K); left exactly as it was.
+        pca, energies: of real images, see ClassPCA.fit and class_energies.
+        y: int64 (N,), on the model's device: the class of each picture.
+        init, neighbours, temperature: see draw_starts. stop, quantile: see stop_targets.
+        seed: same seed, same pictures. The others, and `walk`: see sgld.
+    Returns: images (N, C, H, W) in [0, 1] and the record of sgld.
+    Raises: BadInput.
+    Source: Mirza et al. 2025.
+    """
+    if candidates < 1:
+        raise BadInput(f"candidates must be at least 1, not {candidates}")
+    generator = torch.Generator(y.device).manual_seed(seed)
+    drawn = torch.empty(len(y), device=y.device)
+    for k in y.unique().tolist():
+        rows = y == k
+        chosen = torch.randint(len(energies[k]), (int(rows.sum()),), generator=generator,
+                               device=y.device)  # fmt: skip
+        drawn[rows] = energies[k][chosen]
+    targets = stop_targets(energies, y, stop, quantile, drawn)
+    x, gap = draw_starts(pca, y, init, neighbours, temperature, generator), None
+    for _ in range(candidates - 1):  # one at a time: all candidates at once would fill the memory
+        if gap is None:
+            gap = (joint_energies(model, x, y, dtype, batch_size) - drawn).abs()
+        other = draw_starts(pca, y, init, neighbours, temperature, generator)
+        other_gap = (joint_energies(model, other, y, dtype, batch_size) - drawn).abs()
+        better = other_gap < gap
+        x[better], gap[better] = other[better], other_gap[better]
+    return sgld(model, x, y, targets, dtype=dtype, batch_size=batch_size, generator=generator,
+                on_progress=on_progress, **walk)  # fmt: skip
+
+
+# ==================================================================================================
+# 10. Metrics for generated images
+# ==================================================================================================
+
+# Good pictures look like real ones to a JUDGE, a network that did not make them, and are not copies
+# of training images. Each function takes tensors only: features (N, F), probabilities (N, K).
+
+
+@torch.no_grad()
+def judge_images(judge, x, batch_size=500, on_progress=None):
+    """What a judge sees in images: penultimate features (N, F) and probabilities (N, K).
+
+    The features are what its last linear layer is given, caught there by a hook, so that any
+    classifier can be a judge. Args: x (N, C, H, W), uint8 or float in [0, 1]; on_progress, called
+    with the number of images done.
+    """
+    head = [m for m in judge.modules() if isinstance(m, nn.Linear)][-1]
+    features, probabilities = [], []
+    hook = head.register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
+    try:
+        with attack_mode(judge):
+            for xb in x.split(batch_size):
+                xb = as_pixels(xb).contiguous(memory_format=torch.channels_last)
+                probabilities.append(judge(xb).float().softmax(1))
+                if on_progress:
+                    on_progress(batch_size * len(probabilities))
+    finally:
+        hook.remove()
+    return torch.cat(features), torch.cat(probabilities)
+
+
+class Inception(nn.Module):
+    """torchvision's ImageNet Inception-v3 for images in [0, 1] of any size: (N, C, H, W) -> logits.
+
+    Features are its 2048 pool activations. Resized to 299 x 299, bilinear with antialiasing; grey
+    becomes RGB. The published FID uses TensorFlow's weights and resizing: numbers differ from it.
+    """
+
+    def __init__(self, weights=""):
+        """weights: a file with torchvision's state_dict, or "" to download it. Raises: RunError."""
+        super().__init__()
+        models = import_torchvision().models
+        self.net = models.inception_v3(weights=None, init_weights=False, transform_input=False)
+        try:
+            if weights:
+                state = torch.load(weights, map_location="cpu", weights_only=True)
+            else:
+                state = models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+            self.net.load_state_dict(state)
+        except Exception as error:  # no network, no file, a damaged file, other weights
+            reason = " ".join(str(error).split())[:120]
+            raise RunError(
+                f"no Inception weights from {weights or 'the download'} ({reason}): give"
+                " torchvision's inception_v3_google-0cc3c7bd.pth with --inception-weights, or"
+                " judge by --judge classifier"
+            ) from error
+
+    def forward(self, x):
+        x = x.expand(-1, 3, -1, -1)
+        x = F.interpolate(x, (299, 299), mode="bilinear", antialias=True, align_corners=False)
+        return self.net(2 * x - 1)
+
+
+def inception_score(probabilities, splits=10):
+    """(E33) IS = exp(mean_x KL(p(y|x) || p(y))), p(y) = mean_x p(y|x): from 1 to K, high is good.
+
+    Args: probabilities (N, K); splits: mean and std over that many parts, shuffled by a fixed seed
+        (consecutive parts of images sorted by class would hold one class each).
+    Returns: (mean, std). Raises: BadInput. Source: Salimans et al. 2016.
+    """
+    if not 1 <= splits <= len(probabilities):
+        raise BadInput(f"cannot make {splits} splits of {len(probabilities)} images")
+    scores, order = (
+        [],
+        torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0)),
+    )
+    for rows in order.tensor_split(splits):
+        p = probabilities[rows.to(probabilities.device)].double()
+        log_ratio = p.clamp_min(1e-30).log() - p.mean(0).clamp_min(1e-30).log()
+        scores.append((p * log_ratio).sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def frechet_distance(a, b):
+    """(E34) FD = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), between two sets of features.
+
+    m and C are mean and covariance. With A the centred features over sqrt(n - 1), C_a = A^T A, and
+    the eigenvalues of (C_a C_b)^(1/2) are the singular values of A B^T. So no matrix square root is
+    needed; where n > F, A is first replaced by the (F, F) triangle R of A = Q R. With Inception's
+    features this is FID. Falls with n: compare only at equal n.
+
+    Args: a (n, F), b (m, F); computed in float64. Returns: float >= 0. Raises: BadInput.
+    Source: Dowson & Landau 1982; Heusel et al. 2017.
+    """
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise BadInput(f"need two sets (n >= 2, F), not {tuple(a.shape)} and {tuple(b.shape)}")
+    roots, means = [], []
+    for t in (a.double(), b.double()):
+        means.append(t.mean(0))
+        root = (t - means[-1]) / math.sqrt(len(t) - 1)
+        roots.append(torch.linalg.qr(root, mode="r").R if len(t) > t.shape[1] else root)
+    cross = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
+    spread = (roots[0] ** 2).sum() + (roots[1] ** 2).sum() - 2 * cross
+    return max(0.0, ((means[0] - means[1]).square().sum() + spread).item())
+
+
+def nearest_distance(a, b, batch_size=1000):
+    """Distance of each row of a to its nearest in b: (N, F), (M, F) -> distances (N,), rows (N,).
+
+    Found by the fast |a|^2 + |b|^2 - 2ab, then computed exactly: a copy has distance 0.
+    """
+    nearest = torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(batch_size)])
+    return (a - b[nearest]).norm(dim=1), nearest
+
+
+def precision_recall(real, fake, k=3, batch_size=1000):
+    """(E35) Improved precision and recall: how real the fakes are, how much of the real they cover.
+
+    Around each image of a set a ball reaches to its k-th nearest of the same set. Precision: share
+    of fakes within any real ball; recall: share of real images within any fake ball.
+    Args: real (N, F), fake (M, F), features. Returns: (precision, recall) in [0, 1].
+    Raises: BadInput. Source: Kynkaanniemi et al. 2019.
+    """
+    if not 1 <= k < min(len(real), len(fake)):
+        raise BadInput(f"k {k} needs more than {k} images, not {len(real)} and {len(fake)}")
+
+    def covered(points, centres):
+        radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values  # the 1st is itself
+                           for part in centres.split(batch_size)])  # fmt: skip
+        inside = [(torch.cdist(p, centres) <= radii).any(1) for p in points.split(batch_size)]
+        return torch.cat(inside).double().mean().item()
+
+    return covered(fake, real), covered(real, fake)
+
+
+def class_agreement(probabilities, y):
+    """(E36) Share of images whose class the judge recognises: (N, K), (N,) -> float in [0, 1]."""
+    return (probabilities.argmax(1) == y).double().mean().item()

@@ -18,7 +18,6 @@ from ebm_at import (
     attack_mode,
     check_choice,
     energy_x,
-    exact_logits,
     fgsm,
     input_gradient,
     n_fgsm,

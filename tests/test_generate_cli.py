@@ -1,0 +1,213 @@
+"""The generate command: what it writes, what it repeats, and one clear line for bad input."""
+
+import csv
+import inspect
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_cli import ROOT, call
+
+import cli
+import ebm_at
+
+FEW = "--per-class 4 --neighbours 5 --components 6 --steps 3 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A folder with data.npz (three classes, grey, 16x16), other.npz (two) and runs/a/best.pt."""
+    folder, rng = tmp_path_factory.mktemp("shop"), np.random.default_rng(0)
+    for name, classes in (("data", 3), ("other", 2)):
+        arrays = {}
+        for split, n in (("train", 90), ("test", 45)):
+            y = np.arange(n) % classes
+            bright = 60 + 60 * y[:, None, None] * (np.arange(16) < 8)
+            x = bright + rng.normal(0, 20, (n, 16, 16))
+            arrays |= {f"{split}_images": x.clip(0, 255).astype(np.uint8), f"{split}_labels": y}
+        np.savez(folder / f"{name}.npz", **arrays)
+    run = folder / "runs" / "a"
+    run.mkdir(parents=True)
+    config = ebm_at.recipe(str(folder / "data.npz"), "fgsm", model="small", width=4, epochs=2,
+                           batch_size=16, probe_size=8, augment="none", device="cpu")  # fmt: skip
+    data = ebm_at.load_data(config.dataset)
+    list(ebm_at.train(config, data, folder=run))
+    return folder
+
+
+def generate(monkeypatch, capsys, shop, *arguments):
+    monkeypatch.chdir(shop)
+    return call(monkeypatch, capsys, "generate", *arguments, *FEW)
+
+
+def pngs(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).rglob("*.png"))}
+
+
+def test_defaults_are_those_of_the_functions():
+    options = inspect.signature(cli.generate).parameters
+    for function in (ebm_at.generate, ebm_at.sgld):
+        for name, parameter in inspect.signature(function).parameters.items():
+            if name in options and name not in ("batch_size", "x", "y"):
+                assert options[name].default == parameter.default, name
+
+
+def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
+    code, out, err = generate(monkeypatch, capsys, shop, "--out", tmp_path / "g", "--trace")
+    assert (code, err) == (0, "") and "a/best.pt" in out
+    folder = tmp_path / "g"
+    assert {p.name for p in folder.iterdir()} == {
+        "grid.png", "samples", "report.json", "energies.csv", "trace", "trace.gif"
+    }  # fmt: skip
+    from PIL import Image
+
+    with open(folder / "energies.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 == len(pngs(folder / "samples")) + 8  # names repeat in each class
+    report = json.loads((folder / "report.json").read_text())
+    model, _ = ebm_at.load_model(shop / "runs/a/best.pt")
+    for row in rows:
+        with Image.open(folder / row["file"]) as image:
+            x = torch.from_numpy(np.asarray(image)[..., 0].copy())[None, None].float() / 255
+        assert row["file"].split("/")[1] == row["class"]
+        with torch.no_grad():  # up to bf16 and the rounding to 8 bits
+            energy = -model(x)[0, int(row["class"])].item()
+        assert energy == pytest.approx(float(row["energy_end"]), abs=0.1)
+        reached = float(row["energy_end"]) <= float(row["target"])
+        assert row["stopped"] == ("target" if reached else "cap")
+        assert row["stopped"] == "target" or row["steps"] == "3"
+    made = report["generated"]
+    assert made["at_target"] + made["at_cap"] == made["n"] == 12 and made["diverged"] == 0
+    assert made["steps"] == pytest.approx(sum(int(r["steps"]) for r in rows) / 12)
+    assert report["reference"] == "45 test images" and report["real"]["n"] == 12
+    with Image.open(folder / "trace.gif") as film:
+        assert film.n_frames >= 1
+    assert (shop / "runs/a/pca.pt").exists() and len(list((shop / "runs/judges").glob("*.pt"))) == 1
+
+
+def test_same_seed_same_files_whatever_the_batch_size(monkeypatch, capsys, shop, tmp_path):
+    for name, extra in (("a", ()), ("b", ("--batch-size", 5)), ("c", ("--seed", 1))):
+        options = ("--no-metrics", "--precision", "fp32", "--out", tmp_path / name)
+        assert generate(monkeypatch, capsys, shop, *options, *extra)[0] == 0
+    a, b, c = (pngs(tmp_path / name / "samples") for name in "abc")
+    assert a == b and a != c
+
+
+def test_compare_tells_every_start_fixed_and_adaptive(monkeypatch, capsys, shop, tmp_path):
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = generate(monkeypatch, capsys, shop, "--compare", "--out", tmp_path / "g",
+                            "--classes", "2,0", "--judge", "runs/a")  # fmt: skip
+    assert code == 0
+    with open(tmp_path / "g" / "compare.csv", newline="") as file:
+        rows = {r["name"]: r for r in csv.DictReader(file)}
+    wanted = {f"{i} {s}" for i in ebm_at.STARTS for s in ("fixed", "mean")} | {"real images"}
+    assert set(rows) == wanted and all(name.split()[0] in out for name in wanted)
+    assert all(r["n"] == "8" and float(r["fd"]) >= 0 for r in rows.values())
+    assert all(rows[n]["steps"] == "3" for n in wanted if n.endswith("fixed"))
+    assert len(pngs(tmp_path / "g" / "grids")) == 10
+
+
+def test_the_default_folder_is_the_next_free_one_beside_the_checkpoint(monkeypatch, capsys, shop):
+    for n in (1, 2):
+        assert generate(monkeypatch, capsys, shop, "runs/a", "--no-metrics", "--quiet")[0] == 0
+        assert (shop / "runs" / "a" / f"generate-{n}" / "grid.png").exists()
+
+
+def test_a_kept_pca_is_used_only_where_it_fits(shop, tmp_path, monkeypatch):
+    data, path = ebm_at.load_data(str(shop / "data.npz")), tmp_path / "pca.pt"
+    first = cli.fitted_pca(path, data, 6, torch.device("cpu"))
+    fits, fit = [], ebm_at.ClassPCA.fit
+    monkeypatch.setattr(ebm_at.ClassPCA, "fit", lambda *a: fits.append(1) or fit(*a))
+    again = cli.fitted_pca(path, data, 6, torch.device("cpu"))
+    assert not fits and all(
+        torch.equal(a, b) if torch.is_tensor(a) else a == b
+        for a, b in zip(vars(first).values(), vars(again).values())
+    )
+    cli.fitted_pca(path, data, 5, torch.device("cpu"))
+    data.x_train = data.x_train ^ 1
+    cli.fitted_pca(path, data, 5, torch.device("cpu"))
+    path.write_bytes(b"damaged")
+    cli.fitted_pca(path, data, 5, torch.device("cpu"))
+    assert len(fits) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--steps", "-1"], "--steps must not be negative"),
+        (["--per-class", "0"], "--per-class must be at least 1"),
+        (["--neighbours", "31"], "31 neighbours, but class 0 has only"),
+        (["--components", "0"], "components"),
+        (["--init", "local"], "did you mean 'local-pca'"),
+        (["--stop", "never"], "unknown stop"),
+        (["--classes", "0,7"], "unknown class '7'"),
+        (["--dataset", "other.npz"], "trained on 3 other classes"),
+        (["--trace", "--compare"], "drop one"),
+        (["--momentum", "1"], "momentum"),
+        (["--quantile", "2", "--stop", "quantile"], "quantile"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, shop, tmp_path, arguments, says):
+    usual = [] if arguments[0] in FEW else FEW
+    monkeypatch.chdir(shop)
+    out = ["--out", tmp_path / "g", "--device", "cpu"]
+    code, _, err = call(monkeypatch, capsys, "generate", "--no-metrics", *out, *usual, *arguments)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
+    assert not (tmp_path / "g").exists()
+
+
+def test_run_time_errors_are_one_line_and_exit_1(monkeypatch, capsys, shop, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept").write_text("mine")
+    for arguments, says in (
+        (["--out", tmp_path / "full"], "nothing was touched"),
+        (["nowhere.pt"], "no checkpoint 'nowhere.pt'"),
+        (["runs/a/pca.pt"], "lacks a model"),
+        (["--dataset", "missing.npz"], "no file"),
+        (["--judge", "inception", "--inception-weights", "none.pth"], "--inception-weights"),
+        (["--device", "cuda:9"], "--device cpu"),
+    ):
+        arguments = [*arguments, *FEW[:-2], *(["--device", "cpu"] if "--device" not in arguments
+                                              else [])]  # fmt: skip
+        monkeypatch.chdir(shop)
+        cli.fitted_pca(shop / "runs/a/pca.pt", ebm_at.load_data("data.npz"), 6, torch.device("cpu"))
+        code, _, err = call(monkeypatch, capsys, "generate", *arguments)
+        assert code == 1 and err.count("\n") == 1 and says in err, (arguments, err)
+    assert (tmp_path / "full" / "kept").read_text() == "mine"
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(monkeypatch, capsys, "generate")
+    assert code == 1 and "python cli.py train" in err
+
+
+def test_a_class_without_images_is_named(monkeypatch, capsys, shop, tmp_path):
+    with np.load(shop / "data.npz") as file:
+        arrays = dict(file)
+    keep = arrays["train_labels"] != 1
+    arrays |= {"train_images": arrays["train_images"][keep], "train_labels":
+               arrays["train_labels"][keep]}  # fmt: skip
+    np.savez(tmp_path / "gap.npz", **arrays)
+    code, _, err = generate(monkeypatch, capsys, shop, "--dataset", tmp_path / "gap.npz",
+                            "--no-metrics", "--out", tmp_path / "g")  # fmt: skip
+    assert code == 2 and "class 1 has no images" in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_keeps_the_pictures_so_far(shop, tmp_path):
+    command = [sys.executable, str(ROOT / "cli.py"), "generate", "runs/a", "--no-metrics", *FEW]
+    command += ["--steps", "1000000", "--stop", "fixed", "--out", str(tmp_path / "g")]
+    process = subprocess.Popen(command, cwd=shop, stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)  # fmt: skip
+    while not (tmp_path / "g").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "unfinished.png" in err
+    assert (tmp_path / "g" / "unfinished.png").exists()

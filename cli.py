@@ -638,7 +638,9 @@ def find_checkpoint(checkpoint):
     if checkpoint is None:
         runs = sorted(Path("runs").glob("*/best.pt"), key=lambda p: p.stat().st_mtime)
         if not runs:
-            raise RunError("no run under runs/: train one first, or name a checkpoint")
+            raise RunError(
+                "no run under runs/: train one first (python cli.py train), or name a checkpoint"
+            )
         return runs[-1]
     path = Path(checkpoint)
     return path / "best.pt" if path.is_dir() else path

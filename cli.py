@@ -765,10 +765,13 @@ def report_attacks(rows, told, folder):
         draw_energies(folder, rows)
     except OSError as error:
         raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=110)
     stands = told["suite"] == "standard"
     sees = "gets the n images that still stand" if stands else "gets all images"
     table = Table(
         box=rich.box.SIMPLE_HEAD,
+        padding=(0, int(console.width >= 106)),  # 80 columns are enough without
         title=f"eps {eps_text(told['eps'], told['norm'])} ({told['norm']}); each attack {sees};"
         " means over them; dE > 0: E fell",
     )
@@ -783,8 +786,6 @@ def report_attacks(rows, told, folder):
             f"{row['delta_energy_xy']:+.2f}", f"{row['cross_entropy']:.2f}",
             eps_text(row["linf"], "linf"), f"{row['l2']:.2f}", cost, f"{row['seconds']:.1f}",
         )  # fmt: skip
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=110)
     console.print(table)
     if rows and console.encoding.startswith("utf"):
         console.print(Text(energy_histograms(rows)))

@@ -184,8 +184,8 @@ def test_models_of_others(function, place, monkeypatch, capsys):
 
 
 def test_ctrl_c_prints_the_table_so_far(place):
-    command = [sys.executable, str(ROOT / "cli.py"), "attack", "--attacks", "fgsm,square",
-               "--queries", "1000000", "--limit", "0", "--eps", "1e-9", "--out", "stopped"]  # fmt: skip
+    options = "--attacks fgsm,square --queries 1000000 --limit 0 --eps 1e-9 --out stopped"
+    command = [sys.executable, str(ROOT / "cli.py"), "attack", *options.split()]
     process = subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     first = process.stdout.readline()  # the headline, then fgsm's batch

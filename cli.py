@@ -495,7 +495,7 @@ def attack(
         str, typer.Option(help="quick, standard (robust accuracy), energy (what moves E), or all")
     ] = "standard",
     attacks: Annotated[
-        Optional[str], typer.Option(help="instead of a suite, such as fgsm,pgd,square,pgd-t-3")
+        Optional[str], typer.Option(help="instead of a suite, such as fgsm,pgd,square")
     ] = None,
     eps: Annotated[Optional[str], typer.Option(help="radius, 8/255; default: the run's")] = None,
     norm: Annotated[Optional[str], typer.Option(help="linf or l2; default: the run's")] = None,
@@ -541,33 +541,23 @@ def attack(
         raise RunError(f"'{path}' exists: nothing was touched; name a new one")
     where = ebm_at.pick_device(device)
     model, config, path = open_model(checkpoint, model_from, dataset, where)
-    if dataset:
-        config.dataset = dataset
+    config.dataset, config.data_dir = dataset or config.dataset, data_dir or config.data_dir
     if norm not in (None, config.norm) and eps is None:
         raise BadInput(f"--norm {norm} needs --eps too: the run's eps is measured in {config.norm}")
     eps, norm = config.eps if eps is None else parse_eps(eps), norm or config.norm
-    data = ebm_at.load_data(
-        config.dataset, data_dir or config.data_dir, config.limit, config.val_fraction
-    )
-    x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
-    n = min(limit or len(y), len(y))
-    rows = torch.arange(n) * len(y) // n  # evenly: the images of a folder come class by class
-    x, y = x[rows].to(where).float() / 255, y[rows].to(where)
-    if not model_from:
-        x = x.contiguous(memory_format=torch.channels_last)
+    x, y, data = attacked_images(config, split, limit, where, channels_last=not model_from)
+    n = len(y)
     ebm_at.check_attack(x, y, eps, norm)
-    classes = ebm_at.check_model(model, x, y).shape[1]
-    for name in names if attacks else ():
-        ebm_at.find_attack(name, classes)
+    ebm_at.check_model(model, x, y)
     folder = make_folder(new_folder(out, path.parent if path else "runs", "attack"))
     told = {
-        "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data.name,
+        "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data,
         "split": split, "n": n, "eps": eps, "norm": norm, "suite": names, "steps": steps,
         "queries": queries, "seed": seed, "precision": precision, "device": device_name(where),
         "torch": torch.__version__,
     }  # fmt: skip
     say(
-        f"{told['checkpoint']} on {n} {split} images of {data.name}, eps {eps_text(eps, norm)}"
+        f"{told['checkpoint']} on {n} {split} images of {data}, eps {eps_text(eps, norm)}"
         f" ({norm}), {told['device']}",
         quiet,
     )
@@ -602,12 +592,24 @@ def check_attack_options(names, *, split, precision, seed, **numbers):
         ebm_at.check_choice("suite", names, ebm_at.SUITES)
     else:
         for name in names:
-            ebm_at.find_attack(name)
+            ebm_at.check_choice("attack", name, ebm_at.ATTACKS)
     if not 0 <= seed < 2**32:
         raise BadInput(f"--seed must lie in 0 .. 2**32 - 1, not {seed}")
     for name, value in numbers.items():
         if value is not None and value < (name != "limit"):
             raise BadInput(f"--{name.replace('_', '-')} is too small: {value}")
+
+
+def attacked_images(config, split, limit, device, channels_last):
+    """(x, y, name): images in [0, 1] of a split, as train made it, and labels, on the device."""
+    data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
+    x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
+    n = min(limit or len(y), len(y))
+    rows = torch.arange(n) * len(y) // n  # evenly: the images of a folder come class by class
+    x = x[rows].to(device).float() / 255
+    if channels_last:  # what our networks like; a stranger's may not
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, y[rows].to(device), data.name
 
 
 def open_model(checkpoint, model_from, dataset, device):
@@ -721,7 +723,7 @@ class AttackDisplay:
         )  # fmt: skip
         self.costs = {}  # a guess, in gradients per image: the bar should not lie too much
         for name in names:
-            found = ebm_at.find_attack(name)
+            found = ebm_at.ATTACKS[name]
             options = found.settings | settings
             cost = options["steps"] if "steps" in found.settings else 1
             cost = options["queries"] / 4 if "queries" in found.settings else cost
@@ -759,10 +761,13 @@ def report_attacks(rows, told, folder):
         draw_energies(folder, rows)
     except OSError as error:
         raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    console = Console(highlight=False)
+    console = console if console.is_terminal else Console(highlight=False, width=110)
     stands = told["suite"] == "standard"
-    sees = "attacks what still stands: n images" if stands else "sees all images"
+    sees = "gets the n images that still stand" if stands else "gets all images"
     table = Table(
         box=rich.box.SIMPLE_HEAD,
+        padding=(0, int(console.width >= 106)),  # 80 columns are enough without
         title=f"eps {eps_text(told['eps'], told['norm'])} ({told['norm']}); each attack {sees};"
         " means over them; dE > 0: E fell",
     )
@@ -777,8 +782,6 @@ def report_attacks(rows, told, folder):
             f"{row['delta_energy_xy']:+.2f}", f"{row['cross_entropy']:.2f}",
             eps_text(row["linf"], "linf"), f"{row['l2']:.2f}", cost, f"{row['seconds']:.1f}",
         )  # fmt: skip
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=110)
     console.print(table)
     if rows and console.encoding.startswith("utf"):
         console.print(Text(energy_histograms(rows)))

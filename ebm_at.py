@@ -1003,27 +1003,26 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, st
 
     Args:
         loss, target: one of ATTACK_LOSSES; with dlr also labels (N,) to reach.
-        start: default a uniform draw from the ball, ONE for all images: so the result of an image
-            does not depend on which others are in the batch.
+        start: default a uniform draw from the ball, ONE for all images, so that what happens to
+            an image does not depend on the rest of its batch.
         until_fooled: False goes on to the last step for every image.
         The others as for pgd.
     Returns: x_adv, like x: the first misclassified point; else, or with until_fooled=False, the
-        point of the highest loss.
-    Raises: BadInput.
-    Source: Croce & Hein 2020, algorithm 1.
+        point of the highest loss. Raises: BadInput. Source: Croce & Hein 2020, algorithm 1.
     """
     if validate:
         check_attack(x, y, eps, norm)
     if start is None:
         start = (x + random_noise(x[:1], eps, norm, generator)).clamp(0, 1)
-    n, least = len(x), x.new_full((len(x),), -math.inf, dtype=torch.float32)
+    x, start = x.detach(), start.detach()
+    least = x.new_full((len(x),), -math.inf, dtype=torch.float32)
     now = {  # all that the search knows, one row per image that still stands
-        "rows": torch.arange(n, device=x.device), "x": x, "y": y, "at": start, "before": start,
+        "rows": torch.arange(len(x), device=x.device), "x": x, "y": y, "at": start, "before": start,
         "best": start, "best_gradient": start, "best_value": least, "value": least,
-        "value_at_check": least, "rises": y * 0 - 1, "step": x.new_full((n, 1, 1, 1), 2 * eps),
-        "halved": y == y,
+        "value_at_check": least, "rises": y * 0 - 1, "halved": y == y,
+        "step": x.new_full((len(x), 1, 1, 1), 2 * eps),
     }  # fmt: skip
-    found, checkpoints, last_check = start.detach().clone(), _checkpoints(steps), 0
+    found, checkpoints, last_check = start.clone(), _checkpoints(steps), 0
     with attack_mode(model):
         extra = {"target": target, "reference": model(x).detach() if loss == "kl" else None}
         now |= {k: v for k, v in extra.items() if v is not None}
@@ -1036,19 +1035,18 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, st
             _move(now, better, best="at", best_gradient="gradient", best_value="value")
             if until_fooled:
                 fallen = _has_fallen(model, now["at"], now["y"], logits)
-                found[now["rows"][fallen]] = now["at"][fallen].detach()
+                found[now["rows"][fallen]] = now["at"][fallen]
                 now = {k: v[~fallen] for k, v in now.items()} if fallen.any() else now
             if k == steps or not len(now["rows"]):
                 break
             if k in checkpoints:
                 _halve_steps(now, 0.75 * (k - last_check))
                 last_check = k
-            ball = now["x"], eps, norm
-            z = project(ascend(now["at"], now["gradient"], now["step"], norm), *ball)
-            a = 0.75 if k else 1.0  # the first step has no momentum yet
-            moved = now["at"] + a * (z - now["at"]) + (1 - a) * (now["at"] - now["before"])
-            now["before"], now["at"] = now["at"], project(moved, *ball)
-    found[now["rows"]] = now["best"].detach()
+            at, ball, a = now["at"], (now["x"], eps, norm), 0.75 if k else 1.0  # no momentum yet
+            z = project(ascend(at, now["gradient"], now["step"], norm), *ball)
+            now["at"] = project(at + a * (z - at) + (1 - a) * (at - now["before"]), *ball)
+            now["before"] = at
+    found[now["rows"]] = now["best"]
     return found
 
 
@@ -1076,7 +1074,7 @@ def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=Non
         likeliest). The others as for apgd; an image that has fallen is not attacked again.
     Returns: x_adv, like x: the first misclassified point, else that with the largest margin.
     Raises: BadInput.
-    Source: Croce & Hein 2020, section 4.
+    Source: Croce & Hein 2020.
     """
     if validate:
         check_attack(x, y, eps, norm)
@@ -1165,7 +1163,7 @@ def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None, valid
         images see the same windows and signs, so no result depends on the rest of the batch. The
         others as for pgd.
     Returns: x_adv, like x. Raises: BadInput.
-    Source: Andriushchenko et al. 2020, algorithms 1 to 3 (l_inf), section 3.4 (l_2).
+    Source: Andriushchenko et al. 2020, section 3.
     """
     if validate:
         check_attack(x, y, eps, norm)
@@ -1203,7 +1201,7 @@ class Attack:
     function: object
     settings: dict = field(default_factory=dict)
     start: float = 0.0  # radius of the random start in units of eps; 0: the attack's own affair
-    target: object = None  # the label to reach: "random", "least" (likely), or a class; None
+    target: str = ""  # the label to reach, where there is one: "random" or "least" (likely)
     exact: bool = False  # search in fp32: bf16 rounds away the small gains of a random search
 
 
@@ -1233,27 +1231,14 @@ SUITES = {
 }  # fmt: skip
 
 
-def find_attack(name, classes=math.inf):
-    """The Attack called `name`: one of ATTACKS, or pgd-t-3, which pushes every image to class 3.
-
-    Raises: BadInput, also for a class that a model of so many `classes` lacks.
-    """
-    head, _, number = name.rpartition("-")
-    if head == "pgd-t" and number.isdecimal():
-        if int(number) >= classes:
-            raise BadInput(f"'{name}': the model has the classes 0 to {classes - 1} only")
-        return dataclasses.replace(ATTACKS["pgd"], target=int(number))
-    check_choice("attack", name, ATTACKS)
-    return ATTACKS[name]
-
-
 def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
     """Runs the attack `name` on images: fgsm's arguments, and settings such as steps=50.
 
     All randomness comes from (seed, name) and is the same for every image: what happens to an image
     depends neither on its place nor on its batch. Returns: x_adv, like x. Raises: BadInput.
     """
-    attack = find_attack(name)
+    check_choice("attack", name, ATTACKS)
+    attack = ATTACKS[name]
     options = attack.settings | {a: v for a, v in settings.items() if a in attack.settings}
     generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{name} {seed}".encode()))
     if attack.start:
@@ -1261,16 +1246,14 @@ def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
         options["start"] = start.clamp(0, 1) if attack.start == 1 else start
     elif attack.function is not fgsm:
         options["generator"] = generator
-    if attack.target is not None:
+    if attack.target:
         logits, options["targeted"] = exact_logits(model, x), True
         if attack.target == "least":
             y = logits.scatter(1, y[:, None], math.inf).argmin(1)
-        elif attack.target == "random":  # another class, drawn once for every class
+        else:  # another class, drawn once for every class
             k = logits.shape[1]
             away = torch.randint(1, k, (k,), generator=generator, device=x.device)
             y = (y + away[y]) % k
-        else:
-            y = torch.full_like(y, attack.target)
     return attack.function(model, x, y, eps, norm=norm, **options)
 
 
@@ -1287,15 +1270,14 @@ def check_model(model, x, y):
     try:
         logits = exact_logits(model, x)
     except RuntimeError as error:
-        shape = tuple(x.shape[1:])
-        raise BadInput(f"the model does not take images of shape {shape}: {error}") from error
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        shape = tuple(logits.shape)
-        raise BadInput(f"a classifier gives logits (N, K) with K >= 2, this model {shape}")
+        images = f"images of shape {tuple(x.shape[1:])}"
+        raise BadInput(f"the model does not take {images}: {error}") from error
+    if logits.ndim != 2 or (k := logits.shape[1]) < 2:
+        given = tuple(logits.shape)
+        raise BadInput(f"a classifier gives logits (N, K) with K >= 2, this model {given}")
     if not logits.isfinite().all():
         raise BadInput("the model gives NaN or infinite logits on clean images")
-    if y.min() < 0 or y.max() >= logits.shape[1]:
-        k = logits.shape[1]
+    if y.min() < 0 or y.max() >= k:
         raise BadInput(f"labels from {y.min()} to {y.max()}, but the model has {k} classes")
     return logits
 
@@ -1348,7 +1330,7 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
 
     Args:
         model, x, y, eps, norm: as for fgsm; the model on the images' device.
-        suite: a name of SUITES, or a list of attacks (see find_attack).
+        suite: a name of SUITES, or a list of names of ATTACKS.
         batch_size: on it only speed and memory depend; precision: see pick_precision.
         on_progress: called as (rows so far, attack, images done, images in all) after every batch.
         settings: steps and queries, for the attacks that have them.
@@ -1357,28 +1339,27 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         worst (robust accuracy so far, of all images), gradients and queries (per image), seconds
         and energies (n,), the first row for natural images; x_adv (N, C, H, W), the point where an
         image fell, x itself where none was found; fallen (N,).
-    Raises: BadInput.
-    Source: Croce & Hein 2020 (per-image worst case); Mirza et al. 2024, figure 2 (energies).
+    Raises: BadInput. Source: Croce & Hein 2020 (worst case); Mirza et al. 2024 (energies).
     """
     check_attack(x, y, eps, norm)
     if isinstance(suite, str):
         check_choice("suite", suite, SUITES)
     names = SUITES[suite] if isinstance(suite, str) else suite
+    [check_choice("attack", name, ATTACKS) for name in names]
     dtype, began = pick_precision(precision, x.device), time.perf_counter()
     clean = check_model(model, x, y)
-    attacks = {name: find_attack(name, clean.shape[1]) for name in names}
     fallen, worst = clean.argmax(1) != y, x.clone()
     row = {"worst": (~fallen).float().mean().item(), "gradients": 0.0, "queries": 1.0}
     row["seconds"] = time.perf_counter() - began
     rows = [_row("natural", clean, clean, x, x, y, **row)]
-    for name, attack in attacks.items():
+    for name in names:
         began, counts = time.perf_counter(), {"gradients": 0, "queries": 0}
         chosen = (~fallen if suite == "standard" else torch.ones_like(fallen)).nonzero()[:, 0]
         if not len(chosen):
             break
         done, found = 0, []
         for part in chosen.split(batch_size):
-            search = torch.float32 if attack.exact else dtype
+            search = torch.float32 if ATTACKS[name].exact else dtype
             with _counting(model, counts), autocast(x.device, search):
                 found.append(run_attack(name, model, x[part], y[part], eps, norm, seed, **settings))
             done += len(part)
@@ -1409,39 +1390,39 @@ def masking_signs(model, x, y, eps, norm="linf", rows=()):
 
     Arguments as for robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
     """
-    x, y, signs = x[:200], y[:200], []
+    x, y = x[:200], y[:200]
     logits, everything = exact_logits(model, x), 0.5 * (math.sqrt(x[0].numel()), 1)[norm == "linf"]
-    if (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all():
-        signs.append("The model gives probabilities, not logits (a softmax at its end?): gradients"
-                     " shrink and energies mean nothing; attack it without the softmax.")  # fmt: skip
-    elif energy_x(logits).abs().max() < 1e-3:
-        signs.append("The model gives log-probabilities: E(x) is 0 for every image; energies need"
-                     " the logits before log_softmax.")  # fmt: skip
+    probabilities = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()
     with attack_mode(model):
         zero = (input_gradient(model, x, y).flatten(1) == 0).all(1).float().mean().item()
-    if zero > 0.1:
-        signs.append(f"The gradient of the loss is exactly zero for {zero:.0%} of the images:"
-                     " gradient attacks cannot see where to go.")  # fmt: skip
-    accuracy = {}
-    for key, name, size in (("one", "fgsm", eps), ("many", "pgd", eps), ("all", "pgd", everything)):
+
+    def left(name, size):
         x_adv = run_attack(name, model, x, y, size, norm, steps=10)
-        accuracy[key] = (exact_logits(model, x_adv).argmax(1) == y).float().mean().item()
-    one, many = accuracy["one"], accuracy["many"]
-    if one < many - 0.02:
-        signs.append(f"One step (FGSM, {one:.1%}) hurts more than ten (PGD-10, {many:.1%}): the"
-                     " gradient misleads; trust the worst case at most.")  # fmt: skip
-    if one - many >= 0.12 and many <= 0.35 * one:  # the monitor's thresholds, section 7
-        signs.append(f"FGSM leaves {one:.1%} right but PGD-10 only {many:.1%}: catastrophic"
-                     " overfitting; accuracy under FGSM says nothing here.")  # fmt: skip
-    if accuracy["all"] > 0.1:
-        signs.append(f"PGD with eps {everything:g}, enough to turn every image grey, leaves"
-                     f" {accuracy['all']:.1%} right: the attack does not work on this model.")  # fmt: skip
-    for before, row in zip(rows, rows[1:]):
-        broken = before["worst"] - row["worst"]
-        if row["attack"] == "square" and broken > 0.01:
-            signs.append(f"Square, which uses no gradient, broke {broken:.1%} of the images that"
-                         " all attacks before it had left: gradients may be masked.")  # fmt: skip
-    return signs
+        return (exact_logits(model, x_adv).argmax(1) == y).float().mean().item()
+
+    one, many, all_of_it = left("fgsm", eps), left("pgd", eps), left("pgd", everything)
+    drops = [0.0]  # what Square breaks after an attack by many gradients
+    for i, row in enumerate(rows):
+        if row["attack"] == "square" and any(r["gradients"] > 1 for r in rows[:i]):
+            drops.append(rows[i - 1]["worst"] - row["worst"])
+    found = {
+        "The model gives probabilities, not logits (a softmax at its end?): gradients shrink and"
+        " energies mean nothing; attack it without the softmax.": probabilities,
+        "The model gives log-probabilities: E(x) is 0 for every image; energies need the logits"
+        " before log_softmax.": energy_x(logits).abs().max() < 1e-3,
+        f"The gradient of the loss is exactly zero for {zero:.0%} of the images: gradient attacks"
+        " cannot see where to go.": zero > 0.1,
+        f"One step (FGSM, {one:.1%} left) hurts more than ten (PGD-10, {many:.1%}): the gradient"
+        " misleads; trust the worst case at most.": one < many - 0.02,
+        f"FGSM leaves {one:.1%} right but PGD-10 only {many:.1%}: catastrophic overfitting;"  # the
+        " accuracy under FGSM says nothing here.":  # monitor's thresholds, see section 7
+            one - many >= 0.12 and many <= 0.35 * one,
+        f"PGD with eps {everything:.3g}, enough to turn every image grey, leaves {all_of_it:.1%}"
+        " right: the attack does not work on this model.": all_of_it > 0.1,
+        f"Square, which uses no gradient, broke {max(drops):.1%} of the images, all of which the"
+        " attacks before it had left standing: gradients may be masked.": max(drops) > 0.01,
+    }  # fmt: skip
+    return [sentence for sentence, noticed in found.items() if noticed]
 
 
 # ==================================================================================================

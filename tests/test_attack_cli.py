@@ -235,7 +235,7 @@ BAD = {  # what is wrong: (arguments, exit code, words of the one line on stderr
     "out exists": (["--out", "taken"], 1, "'taken' exists: nothing was touched"),
     "save exists": (["--save", "state.pt"], 1, "'state.pt' exists"),
     "pngs exist": (["--save-png", "taken"], 1, "'taken' exists"),
-    "out cannot be made": (["--out", "mine.npz/x"], 1, "cannot make"),
+    "out cannot be made": (["--out", "mine.npz/x"], 1, "cannot write"),
     "model-from without :": (["--model-from", "strangers"], 2, "MODULE:FUNCTION"),
     "model-from and a file": (["state.pt", "--model-from", "a:b"], 2, "not both"),
     "no such module": (["--model-from", "nobody:f"], 1, "ModuleNotFoundError"),

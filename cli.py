@@ -602,7 +602,9 @@ def make_judge(name, weights, config, data, device, console):
         words = f"torchvision Inception-v3, {weights or 'IMAGENET1K_V1'}, images resized to 299"
         return ebm_at.Inception(weights).to(device).eval(), words + ", bilinear, antialiased"
     if name != "classifier":
-        judge, checkpoint = ebm_at.load_model(checkpoint_path(name), device)
+        # of a run folder last.pt: best.pt is chosen by PGD accuracy, of which it has none
+        path = Path(name, "last.pt") if os.path.isdir(name) else name
+        judge, checkpoint = ebm_at.load_model(path, device)
         if checkpoint["classes"] != data.classes:
             raise BadInput(f"the judge '{name}' was trained on other classes than '{data.name}'")
         return judge, f"{name}, epoch {checkpoint['epoch']}"
@@ -815,8 +817,8 @@ def generate(
     components: Annotated[
         float, typer.Option(help="of each class's PCA: their number, or the variance to keep (.99)")
     ] = 50,
-    neighbours: Annotated[int, typer.Option(help="images in a local-pca neighbourhood")] = 20,
-    temperature: Annotated[float, typer.Option(help="of local-pca: scales its covariance")] = 1.0,
+    neighbours: Annotated[int, typer.Option(help="images in a local-pca neighbourhood")] = 10,
+    temperature: Annotated[float, typer.Option(help="of local-pca: scales its covariance")] = 1.5,
     candidates: Annotated[
         int, typer.Option(help="starts drawn per image; the one with a real image's energy is kept")
     ] = 1,

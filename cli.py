@@ -817,7 +817,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="of local-pca: scales its covariance")] = 1.5,
     candidates: Annotated[
         int, typer.Option(help="starts drawn per image; the one with a real image's energy is kept")
-    ] = 1,
+    ] = 8,
     steps: Annotated[int, typer.Option(help="at most so many")] = 60,
     step_size: Annotated[float, typer.Option(help="length of a step, in [0, 1] pixels")] = 0.3,
     momentum: Annotated[float, typer.Option(help="how much of the last step is kept")] = 0.8,
@@ -827,7 +827,7 @@ def generate(
     stop: Annotated[
         str, typer.Option(help="when E(x,y) is the mean, a quantile, or a draw (sampled) of real"
                           " images' energies; or fixed: after all steps")
-    ] = "mean",
+    ] = "sampled",
     quantile: Annotated[float, typer.Option(help="for --stop quantile")] = 0.5,
     metrics: Annotated[bool, typer.Option(help="measure the images")] = True,
     judge: Annotated[
@@ -942,7 +942,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     """Every start, with fixed steps and with adaptive stopping: compare.csv, grids/, one table."""
     y, names = made_of[3], [data.classes[k] for k in wanted]
     n, rows = len(y) // len(wanted), []
-    adaptive = "mean" if options["stop"] == "fixed" else options["stop"]
+    adaptive = "sampled" if options["stop"] == "fixed" else options["stop"]
     stopped = False
     try:
         for init in ebm_at.STARTS:

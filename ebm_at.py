@@ -1918,7 +1918,8 @@ def stop_targets(energies, y, stop="mean", quantile=0.5, drawn=None):
 
     mean: their mean. quantile: the value below which that share of them lies (small: likelier
     pictures, more steps). sampled: `drawn` (N,), one real energy per image, so that the pictures'
-    energies are spread as real ones are. fixed: -inf, never; all steps are taken.
+    energies are spread as real ones are; with a mean for a target the upper half of them is cut
+    off, and to a robust judge so is half of the variety. fixed: -inf, never; all steps are taken.
     """
     check_choice("stop", stop, STOPS)
     if not 0 <= quantile <= 1:
@@ -2007,13 +2008,13 @@ def sgld(model, x, y, targets, *, steps=60, step_size=0.3, momentum=0.8, noise=0
 
 
 def generate(model, pca, y, energies, *, init="local-pca", neighbours=10, temperature=1.5,
-             candidates=1, stop="mean", quantile=0.5, seed=0, dtype=torch.float32,
+             candidates=8, stop="sampled", quantile=0.5, seed=0, dtype=torch.float32,
              batch_size=500, on_progress=None, **walk):  # fmt: skip
     """Pictures of the classes y: starts by class-wise PCA, chosen and walked on by energy.
 
     Energy guidance of the start (E32): of `candidates` starts per image the one is kept whose
     E(x, y) is nearest to a draw from the real energies of its class. (The lowest would be the wrong
-    rule: it prefers caricatures.)
+    rule: it prefers caricatures.) With stop="sampled" the walk ends at that same draw.
 
     Args:
         model: images in [0, 1] -> logits (N, K); left exactly as it was.

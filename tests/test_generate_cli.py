@@ -106,7 +106,7 @@ def test_compare_tells_every_start_fixed_and_adaptive(monkeypatch, capsys, shop,
     assert code == 0
     with open(tmp_path / "g" / "compare.csv", newline="") as file:
         rows = {r["name"]: r for r in csv.DictReader(file)}
-    wanted = {f"{i} {s}" for i in ebm_at.STARTS for s in ("fixed", "mean")} | {"real images"}
+    wanted = {f"{i} {s}" for i in ebm_at.STARTS for s in ("fixed", "sampled")} | {"real images"}
     assert set(rows) == wanted and all(name.split()[0] in out for name in wanted)
     assert all(r["n"] == "8" and float(r["fd"]) >= 0 for r in rows.values())
     assert all(rows[n]["steps"] == "3" for n in wanted if n.endswith("fixed"))

@@ -1913,7 +1913,7 @@ def class_energies(model, x, y, num_classes, most=500, **options):
 STOPS = ["mean", "quantile", "sampled", "fixed"]
 
 
-def stop_targets(energies, y, stop="mean", quantile=0.5, drawn=None):
+def stop_targets(energies, y, stop="sampled", quantile=0.5, drawn=None):
     """(E29) The energy at which each walk ends: (N,), from the real energies of its class.
 
     mean: their mean. quantile: the value below which that share of them lies (small: likelier

@@ -59,7 +59,8 @@ def test_defaults_are_those_of_the_functions():
 
 
 def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
-    code, out, err = generate(monkeypatch, capsys, shop, "--out", tmp_path / "g", "--trace")
+    options = ("--out", tmp_path / "g", "--trace", "--precision", "fp32")
+    code, out, err = generate(monkeypatch, capsys, shop, *options)
     assert (code, err) == (0, "") and "a/best.pt" in out
     folder = tmp_path / "g"
     assert {p.name for p in folder.iterdir()} == {
@@ -76,7 +77,7 @@ def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
         with Image.open(folder / row["file"]) as image:
             x = torch.from_numpy(np.asarray(image)[..., 0].copy())[None, None].float() / 255
         assert row["file"].split("/")[1] == row["class"]
-        with torch.no_grad():  # up to bf16 and the rounding to 8 bits
+        with torch.no_grad():  # up to the rounding to 8 bits
             energy = -model(x)[0, int(row["class"])].item()
         assert energy == pytest.approx(float(row["energy_end"]), abs=0.1)
         reached = float(row["energy_end"]) <= float(row["target"])

@@ -808,7 +808,7 @@ def generate(
     classes: Annotated[str, typer.Option(help="names or numbers, such as disc,ring")] = "",
     out: Annotated[Optional[str], typer.Option(help="default: generate-<n> beside it")] = None,
     init: Annotated[
-        str, typer.Option(help="where to start: noise, mean, pca, gaussian, local-pca")
+        str, typer.Option(help="where to start: local-pca, gaussian, pca, mean, noise")
     ] = "local-pca",
     components: Annotated[
         float, typer.Option(help="of each class's PCA: their number, or the variance to keep (.99)")

@@ -1829,11 +1829,11 @@ class ClassPCA:
 
 
 STARTS = {
-    "noise": "uniform noise, the same for all classes",
-    "mean": "the mean image of the class",
-    "pca": "class mean + .35 standard deviations along each component (the predecessor's recipe)",
-    "gaussian": "one Gaussian per class, fitted in PCA space",
     "local-pca": "a Gaussian on the neighbourhood of a real image, in PCA space",
+    "gaussian": "one Gaussian per class, fitted in PCA space",
+    "pca": "class mean + .35 standard deviations along each component (the predecessor's recipe)",
+    "mean": "the mean image of the class",
+    "noise": "uniform noise, the same for all classes",
 }
 
 

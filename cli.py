@@ -732,7 +732,7 @@ def save_film(folder, watch, steps, names, per_class):
         last = int(steps[watch.filmed[int(chosen[i])]])
         at = sorted({round(last * j / 9) for j in range(10)})
         labelled_grid([frames[at, i]], [name]).save(folder / "trace" / f"{file_name(name)}.png")
-    grids = [labelled_grid([frame], [f"step {t}"]) for t, frame in enumerate(frames)]
+    grids = [labelled_grid([frame], [f"step {t:03d}"]) for t, frame in enumerate(frames)]
     durations = [200] * (len(grids) - 1) + [2000]
     grids[0].save(folder / "trace.gif", save_all=True, append_images=grids[1:], loop=0,
                   duration=durations)  # fmt: skip

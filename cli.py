@@ -936,9 +936,9 @@ def data_of(checkpoint, dataset=None, data_dir=None):
 
 def pick_classes(text, classes):
     """ "disc,ring" or "0,1" -> class numbers, all of them for "". Raises: BadInput."""
-    picked = []
-    for name in filter(None, (part.strip() for part in (text or ",".join(classes)).split(","))):
-        if name not in classes and not (name.isdigit() and int(name) < len(classes)):
+    picked = [] if text else list(range(len(classes)))
+    for name in (part.strip() for part in text.split(",") if text):
+        if name not in classes and not (name.isdecimal() and int(name) < len(classes)):
             ebm_at.check_choice("class", name, classes)
         k = classes.index(name) if name in classes else int(name)
         picked += [k] if k not in picked else []
@@ -1001,60 +1001,56 @@ class Reference:
     """A judge and what it says of the real images; `of(...)` compares generated ones with them."""
 
     def __init__(self, judge, words, data, classes, most, device, console, batch_size):
-        self.judge, self.batch_size, self.knows = judge, batch_size, words.find("Inception") < 0
-        wanted = torch.tensor(classes)
-        real, keep = {}, {}
-        for split in ("train", "test"):
+        self.judge, self.batch_size = judge, batch_size
+        self.knows_classes = not isinstance(judge, ebm_at.Inception)  # it knows ImageNet's
+
+        def real(split):  # all images of the wanted classes, and (images, labels) to be judged
             x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
-            rows = torch.isin(y, wanted).nonzero().squeeze(1)
-            real[split] = x[rows].to(device), y[rows].to(device)
-            keep[split] = ebm_at.stratified(y[rows], min(most or len(rows), len(rows)), 0)
-        (self.pixels, _), (x, y) = real["train"], real["test"]
-        self.pixels = ebm_at.as_pixels(self.pixels).flatten(1)
-        rows = keep["train"]
-        with Bar(console, "judging real images", len(rows) + len(keep["test"])) as bar:
-            self.train, p = ebm_at.judge_images(judge, real["train"][0][rows], batch_size, bar.to)
-            x, y = x[keep["test"]], y[keep["test"]]
-            self.test, q = ebm_at.judge_images(judge, x, batch_size, lambda n: bar.to(len(p) + n))
-        self.x, self.y, self.q = x, y, q
+            rows = torch.isin(y, torch.tensor(classes)).nonzero().squeeze(1)
+            judged = rows[ebm_at.stratified(y[rows], min(most or len(rows), len(rows)), 0)]
+            return x[rows].to(device), x[judged].to(device), y[judged].to(device)
+
+        every, x, _ = real("train")
+        _, self.x, self.y = real("test")
+        self.pixels, n = ebm_at.as_pixels(every).flatten(1), len(x)
+        with Bar(console, "judging real images", n + len(self.x)) as bar:
+            self.train, _ = ebm_at.judge_images(judge, x, batch_size, bar.to)
+            self.test, self.p = ebm_at.judge_images(
+                judge, self.x, batch_size, lambda done: bar.to(n + done)
+            )
+        right = ebm_at.class_agreement(self.p, self.y) if self.knows_classes else None
         self.words = {
-            "judge": words, "judge_test_accuracy": self.agreement(q, y),
-            "reference": f"{len(y)} test images", "neighbours_among_train_images":
-            {"pixels": len(self.pixels), "features": len(self.train)},
+            "judge": words, "judge_test_accuracy": right,
+            "reference": f"{len(self.x)} test images",
+            "neighbours_among_train_images": {"pixels": len(every), "features": n},
         }  # fmt: skip
 
-    def agreement(self, probabilities, y):
-        return ebm_at.class_agreement(probabilities, y) if self.knows else None
+    def spread(self, features):
+        """What compares a whole set of images with the test images."""
+        k = min(3, len(features) - 1, len(self.test) - 1)
+        precision, recall = ebm_at.precision_recall(self.test, features, k)
+        fd = ebm_at.frechet_distance(features, self.test)
+        return {"n": len(features), "fd": fd, "precision": precision, "recall": recall}
 
-    def floor(self, n):
-        """What n real images score: train images against test ones; neighbours of test images."""
-        found = self.compare(self.train[:n], None, None)
-        x, y, q = self.x[:n], self.y[:n], self.q[:n]
-        score = ebm_at.inception_score(q, min(10, len(q)))
-        found |= {"is": score[0], "is_std": score[1], "agreement": self.agreement(q, y)}
-        return found | self.nearest(x, self.test[:n])
+    def each(self, x8, y, features, p):
+        """What is said image by image: median and least distance to a training image, and so on."""
+        score = ebm_at.inception_score(p, min(10, len(p)))
+        pixels, _ = ebm_at.nearest_distance(ebm_at.as_pixels(x8).flatten(1), self.pixels)
+        deep, _ = ebm_at.nearest_distance(features, self.train)
+        agreement = ebm_at.class_agreement(p, y) if self.knows_classes else None
+        return {"is": score[0], "is_std": score[1], "agreement": agreement,
+                "nearest_pixels": pixels.median().item(), "nearest_pixels_min": pixels.min().item(),
+                "nearest_features": deep.median().item()}  # fmt: skip
 
     def of(self, x8, y):
         """Every metric of generated images, uint8 as they are saved."""
         features, p = ebm_at.judge_images(self.judge, x8, self.batch_size)
-        return self.compare(features, p, y) | self.nearest(x8, features)
+        return self.spread(features) | self.each(x8, y, features, p)
 
-    def compare(self, features, p, y):
-        found = {"n": len(features), "fd": ebm_at.frechet_distance(features, self.test)}
-        k = min(3, len(features) - 1, len(self.test) - 1)
-        sides = ebm_at.precision_recall(self.test, features, k)
-        found |= {"precision": sides[0], "recall": sides[1]}
-        if p is not None:
-            score = ebm_at.inception_score(p, min(10, len(p)))
-            found |= {"is": score[0], "is_std": score[1], "agreement": self.agreement(p, y)}
-        return found
-
-    def nearest(self, x8, features):
-        """Median and smallest distance to a training image, in pixels and in features."""
-        pixels, _ = ebm_at.nearest_distance(ebm_at.as_pixels(x8).flatten(1), self.pixels)
-        deep, _ = ebm_at.nearest_distance(features, self.train)
-        return {"nearest_pixels": pixels.median().item(), "nearest_pixels_min": pixels.min().item(),
-                "nearest_features": deep.median().item()}  # fmt: skip
+    def of_real(self, n):
+        """The same of n real images: train images against test ones, neighbours of test images."""
+        each = self.each(self.x[:n], self.y[:n], self.test[:n], self.p[:n])
+        return self.spread(self.train[:n]) | each
 
 
 def to_uint8(x):
@@ -1103,7 +1099,7 @@ def save_film(folder, watch, steps, names, per_class):
         last = int(steps[watch.filmed[int(chosen[i])]])
         at = sorted({round(last * j / 9) for j in range(10)})
         labelled_grid([frames[at, i]], [name]).save(folder / "trace" / f"{file_name(name)}.png")
-    grids = [labelled_grid([frame], [f"step {t}"]) for t, frame in enumerate(frames)]
+    grids = [labelled_grid([frame], [f"step {t:03d}"]) for t, frame in enumerate(frames)]
     durations = [200] * (len(grids) - 1) + [2000]
     grids[0].save(folder / "trace.gif", save_all=True, append_images=grids[1:], loop=0,
                   duration=durations)  # fmt: skip
@@ -1135,7 +1131,7 @@ METRIC_COLUMNS = {  # key of a row: how the table calls it, how it is printed
     "seconds": ("s", "{:.1f}"), "steps": ("steps", "{:.1f}"), "fd": ("FD", "{:.2f}"),
     "is": ("IS", "{:.2f}"), "precision": ("prec", "{:.2f}"), "recall": ("rec", "{:.2f}"),
     "agreement": ("class", "{:.1%}"), "nearest_pixels": ("near px", "{:.2f}"),
-    "nearest_features": ("near ft", "{:.2f}"), "diverged": ("div", "{:.0f}"),
+    "diverged": ("div", "{:.0f}"),
 }  # fmt: skip
 
 
@@ -1179,16 +1175,16 @@ def generate(
     classes: Annotated[str, typer.Option(help="names or numbers, such as disc,ring")] = "",
     out: Annotated[Optional[str], typer.Option(help="default: generate-<n> beside it")] = None,
     init: Annotated[
-        str, typer.Option(help="where to start: noise, mean, pca, gaussian, local-pca")
+        str, typer.Option(help="where to start: local-pca, gaussian, pca, mean, noise")
     ] = "local-pca",
     components: Annotated[
         float, typer.Option(help="of each class's PCA: their number, or the variance to keep (.99)")
     ] = 50,
-    neighbours: Annotated[int, typer.Option(help="images in a local-pca neighbourhood")] = 20,
-    temperature: Annotated[float, typer.Option(help="of local-pca: scales its covariance")] = 1.0,
+    neighbours: Annotated[int, typer.Option(help="images in a local-pca neighbourhood")] = 10,
+    temperature: Annotated[float, typer.Option(help="of local-pca: scales its covariance")] = 1.5,
     candidates: Annotated[
         int, typer.Option(help="starts drawn per image; the one with a real image's energy is kept")
-    ] = 1,
+    ] = 8,
     steps: Annotated[int, typer.Option(help="at most so many")] = 60,
     step_size: Annotated[float, typer.Option(help="length of a step, in [0, 1] pixels")] = 0.3,
     momentum: Annotated[float, typer.Option(help="how much of the last step is kept")] = 0.8,
@@ -1198,7 +1194,7 @@ def generate(
     stop: Annotated[
         str, typer.Option(help="when E(x,y) is the mean, a quantile, or a draw (sampled) of real"
                           " images' energies; or fixed: after all steps")
-    ] = "mean",
+    ] = "sampled",
     quantile: Annotated[float, typer.Option(help="for --stop quantile")] = 0.5,
     metrics: Annotated[bool, typer.Option(help="measure the images")] = True,
     judge: Annotated[
@@ -1258,7 +1254,7 @@ def generate(
                   "device": device_name(device), "precision": str(dtype).removeprefix("torch."),
                   "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
         if judged:
-            report |= judged.words | {"real": {"name": "real images", **judged.floor(len(y))}}
+            report |= judged.words | {"real": {"name": "real images", **judged.of_real(len(y))}}
         make = compare_starts if compare else make_images
         make(folder, (model, pca, energies, y), options, judged, report, data, wanted, console)
     except BadInput:
@@ -1313,7 +1309,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     """Every start, with fixed steps and with adaptive stopping: compare.csv, grids/, one table."""
     y, names = made_of[3], [data.classes[k] for k in wanted]
     n, rows = len(y) // len(wanted), []
-    adaptive = "mean" if options["stop"] == "fixed" else options["stop"]
+    adaptive = "sampled" if options["stop"] == "fixed" else options["stop"]
     stopped = False
     try:
         for init in ebm_at.STARTS:
@@ -1330,7 +1326,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     shown = rows + ([report["real"]] if judged else [])
     report["compared"] = rows
     write_atomically(folder / "report.json", json.dumps(report, indent=1))
-    keys = ["name", "n", *METRIC_COLUMNS, "at_cap", "energy_start", "energy_end"]
+    keys = max((list(row) for row in shown), key=len, default=[])
     lines = [",".join(keys)]
     for row in shown:
         cells = [row.get(k) for k in keys]

@@ -59,7 +59,8 @@ def test_defaults_are_those_of_the_functions():
 
 
 def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
-    code, out, err = generate(monkeypatch, capsys, shop, "--out", tmp_path / "g", "--trace")
+    options = ("--out", tmp_path / "g", "--trace", "--precision", "fp32")
+    code, out, err = generate(monkeypatch, capsys, shop, *options)
     assert (code, err) == (0, "") and "a/best.pt" in out
     folder = tmp_path / "g"
     assert {p.name for p in folder.iterdir()} == {
@@ -76,7 +77,7 @@ def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
         with Image.open(folder / row["file"]) as image:
             x = torch.from_numpy(np.asarray(image)[..., 0].copy())[None, None].float() / 255
         assert row["file"].split("/")[1] == row["class"]
-        with torch.no_grad():  # up to bf16 and the rounding to 8 bits
+        with torch.no_grad():  # up to the rounding to 8 bits
             energy = -model(x)[0, int(row["class"])].item()
         assert energy == pytest.approx(float(row["energy_end"]), abs=0.1)
         reached = float(row["energy_end"]) <= float(row["target"])
@@ -106,7 +107,7 @@ def test_compare_tells_every_start_fixed_and_adaptive(monkeypatch, capsys, shop,
     assert code == 0
     with open(tmp_path / "g" / "compare.csv", newline="") as file:
         rows = {r["name"]: r for r in csv.DictReader(file)}
-    wanted = {f"{i} {s}" for i in ebm_at.STARTS for s in ("fixed", "mean")} | {"real images"}
+    wanted = {f"{i} {s}" for i in ebm_at.STARTS for s in ("fixed", "sampled")} | {"real images"}
     assert set(rows) == wanted and all(name.split()[0] in out for name in wanted)
     assert all(r["n"] == "8" and float(r["fd"]) >= 0 for r in rows.values())
     assert all(rows[n]["steps"] == "3" for n in wanted if n.endswith("fixed"))

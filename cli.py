@@ -604,8 +604,7 @@ def attacked_images(config, split, limit, device, channels_last):
     """(x, y, name): images in [0, 1] of a split, as train made it, and labels, on the device."""
     data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
-    n = min(limit or len(y), len(y))
-    rows = torch.arange(n) * len(y) // n  # evenly: the images of a folder come class by class
+    rows = ebm_at.evenly(limit or len(y), len(y))
     x = x[rows].to(device).float() / 255
     if channels_last:  # what our networks like; a stranger's may not
         x = x.contiguous(memory_format=torch.channels_last)
@@ -710,7 +709,7 @@ def say(text, quiet=False, style=None):
 
 
 class AttackDisplay:
-    """Progress of a suite: a bar with the time left in a terminal, one line per attack elsewhere."""
+    """Progress of a suite: a bar with the time left in a terminal, a line per attack elsewhere."""
 
     def __init__(self, names, settings, quiet):
         names = ebm_at.SUITES[names] if isinstance(names, str) else names

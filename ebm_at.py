@@ -40,7 +40,7 @@ arXiv 2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under 
 Energy-based Models", Mirza et al., ECCV 2024, arXiv 2407.06315.
 
 What differs from the paper: the exact formula of its regularizer was not at hand when this was
-written. Equation (E10) below, mean|dE| with gradients through both energies, is OUR READING of it;
+written. Equation (E17) below, mean|dE| with gradients through both energies, is OUR READING of it;
 beta, the linear warm-up of eps and the alarm thresholds were measured here, on this project's data.
 """
 
@@ -73,19 +73,14 @@ class RunError(RuntimeError):
 
 
 def check_choice(kind, value, choices):
-    """Refuses a `value` that is not among `choices`, and names the nearest one.
-
-    Raises: BadInput.
-    """
+    """Raises BadInput for a `value` that is not among `choices`; it names the nearest one."""
     if value not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1)
         hint = f"did you mean '{near[0]}'?" if near else "choose from " + ", ".join(choices)
         raise BadInput(f"unknown {kind} '{value}': {hint}")
 
 
-# ==================================================================================================
-# 1. Setup: the configuration, the device, the precision, several processes
-# ==================================================================================================
+# ==== 1. Setup: the configuration, the device, the precision, several processes ===================
 
 
 def _opt(default, panel, note):
@@ -146,10 +141,7 @@ class Config:
 
 
 def pick_device(name="auto"):
-    """The torch.device called `name`; "auto" takes a CUDA GPU where there is one, else the CPU.
-
-    Raises: RunError when the machine has no such device.
-    """
+    """The torch.device called `name`; auto: a CUDA GPU where there is one. Raises: RunError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and dist.is_initialized():
@@ -220,9 +212,7 @@ def sum_over_processes(tensors):
             t.copy_(part.view_as(t))
 
 
-# ==================================================================================================
-# 2. Data: the embedded `shapes`, torchvision's sets, and a user's own files
-# ==================================================================================================
+# ==== 2. Data: the embedded `shapes`, torchvision's sets, and a user's own files ==================
 
 
 @dataclass
@@ -240,13 +230,10 @@ class Data:
 
     def to(self, device):
         """The same data on `device`, images channels-last, as the convolutions want them."""
-        moved = dataclasses.replace(self)
-        for key in ("x_train", "x_val", "x_test"):
-            x = getattr(self, key).to(device)
-            setattr(moved, key, x.contiguous(memory_format=torch.channels_last))
-        for key in ("y_train", "y_val", "y_test"):
-            setattr(moved, key, getattr(self, key).to(device))
-        return moved
+        moved = {k: v.to(device) for k, v in vars(self).items() if torch.is_tensor(v)}
+        for k in ("x_train", "x_val", "x_test"):
+            moved[k] = moved[k].contiguous(memory_format=torch.channels_last)
+        return dataclasses.replace(self, **moved)
 
 
 def _box(u, v, a, b):  # signed distance to an axis-aligned box of half-sides a and b
@@ -298,6 +285,7 @@ def make_shapes(n, seed):
     labels = torch.from_numpy(rng.permutation(np.arange(n) % 10))
 
     def uniform(low, high, *shape):
+        """Uniform numbers (n, *shape) in float64."""
         return torch.from_numpy(rng.uniform(low, high, (n, *shape)))
 
     size, turn = uniform(0.5, 0.8, 1, 1), uniform(-22, 22, 1, 1) * math.pi / 180
@@ -388,10 +376,8 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
         raise BadInput(f"val_fraction must be between 0 and 1, not {val_fraction}")
     name = str(name)
     if name == "shapes":
-        splits = {
-            "train": make_shapes(SHAPES_TRAIN, seed),
-            "test": make_shapes(2000, seed + 1_000_003),
-        }
+        test = make_shapes(2000, seed + 1_000_003)
+        splits = {"train": make_shapes(SHAPES_TRAIN, seed), "test": test}
         classes = list(SHAPES)
     elif name in TORCHVISION_SETS:
         splits, classes = _load_torchvision(name, data_dir)
@@ -422,6 +408,11 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
         chosen = stratified(y, limit, seed)
         splits["train"] = x[chosen], y[chosen]
     return Data(*splits["train"], *splits["val"], *splits["test"], classes, name)
+
+
+def evenly(count, n):
+    """`count` indices spread over n rows. (The first rows of a folder are all of one class.)"""
+    return torch.arange(min(count, n)) * n // max(min(count, n), 1)
 
 
 def stratified(y, count, seed):
@@ -488,7 +479,8 @@ def _load_folder(path):
     """Splits and class names from a folder with train/<class>/ and test/<class>/."""
     from PIL import Image  # torchvision's own requirement
 
-    def read(file):  # grey files stay grey (one channel), everything else becomes RGB
+    def read(file):
+        """Pixels of a file; grey ones stay grey (one channel), everything else becomes RGB."""
         with Image.open(file) as image:
             return np.asarray(image if image.mode == "L" else image.convert("RGB"))
 
@@ -525,9 +517,8 @@ def _load_torchvision(name, data_dir):
                 mat = _read_mat(os.path.join(data_dir, file))
                 images, y = mat["X"].transpose(3, 0, 1, 2), mat["y"].reshape(-1) % 10  # 10 means 0
             else:
-                kind = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "mnist": "MNIST"}
-                kind = getattr(sets, kind.get(name, "FashionMNIST"))
-                found = kind(data_dir, train=split == "train", download=True)
+                kind = name.upper() if name != "fashion-mnist" else "FashionMNIST"
+                found = getattr(sets, kind)(data_dir, train=split == "train", download=True)
                 images, y, classes = found.data, found.targets, list(found.classes)
             splits[split] = _to_nchw(images, name), torch.as_tensor(np.asarray(y)).long()
     except (OSError, RuntimeError, KeyError, EOFError, zlib.error, pickle.UnpicklingError) as error:
@@ -550,6 +541,7 @@ def _read_mat(path):
     kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
 
     def elements(blob):
+        """Yields (type, bytes) of each element of a blob."""
         at = 0
         while at + 8 <= len(blob):
             tag, size = np.frombuffer(blob, "<u4", 2, at).tolist()
@@ -567,6 +559,11 @@ def _read_mat(path):
             shape = np.frombuffer(dims, "<i4")
             arrays[name.decode()] = np.frombuffer(values, kinds[kind]).reshape(shape, order="F")
     return arrays
+
+
+def as_pixels(x):
+    """Images as float in [0, 1]: uint8 is divided by 255, float stays."""
+    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def augment(x, how, generator=None):
@@ -590,9 +587,7 @@ def augment(x, how, generator=None):
     return pixels.index_select(0, chosen.flatten()).view(n, height, width, c).permute(0, 3, 1, 2)
 
 
-# ==================================================================================================
-# 3. Model: pre-activation residual networks
-# ==================================================================================================
+# ==== 3. Model: pre-activation residual networks ==================================================
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -600,12 +595,14 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
+        """x summed over the processes."""
         x = x.clone()
         dist.all_reduce(x)
         return x
 
     @staticmethod
     def backward(ctx, gradient):
+        """The gradient summed over the processes."""
         return _SumOverProcesses.apply(gradient)
 
 
@@ -616,7 +613,8 @@ class BatchNorm(nn.BatchNorm2d):
     are those of the whole batch too. (torch's own SyncBatchNorm does this on GPUs only.)
     """
 
-    def forward(self, x):  # x (N, C, H, W) -> same shape
+    def forward(self, x):
+        """x (N, C, H, W) -> the same shape, each channel normalised over the global batch."""
         if not (self.training and dist.is_initialized()):
             return super().forward(x)
         x32 = x.float()
@@ -645,6 +643,7 @@ class PreActBlock(nn.Module):
         self.shortcut = None if same else nn.Conv2d(c_in, c_out, 1, stride, bias=False)
 
     def forward(self, x):
+        """x (N, c_in, H, W) -> (N, c_out, H / stride, W / stride)."""
         out = F.relu(self.bn1(x))
         skip = x if self.shortcut is None else self.shortcut(out)
         out = F.relu(self.bn2(self.conv1(out)))
@@ -675,6 +674,7 @@ class PreActResNet(nn.Module):
         self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
+        """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""
         x = self.blocks(self.stem((x - self.mean) / self.std))
         return self.head(F.relu(self.bn(x)).mean((2, 3)))
 
@@ -690,21 +690,24 @@ def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None,
     Returns: PreActResNet; `.spec` holds what load_model needs to build it again.
     """
     check_choice("model", name, MODELS)
-    if name == "small":  # .31 M parameters, 8 MFLOP per image forward: made for CPUs
-        layout = ([width, 2 * width, 4 * width, 8 * width], [1, 1, 1, 1], width, 2)
-    elif name == "preactresnet18":  # 11.17 M parameters, 1.1 GFLOP
-        layout = ([64, 128, 256, 512], [2, 2, 2, 2], 64, 1)
-    else:  # 36.5 M or 46.2 M parameters; depth 28 = 6 * 4 + 4
-        blocks = 4 if name == "wrn-28-10" else 5
-        layout = ([160, 320, 640], [blocks] * 3, 16, 1)
+    layout = {  # widths and depths of the stages, channels and stride of the stem
+        "small": ([width, 2 * width, 4 * width, 8 * width], [1] * 4, width, 2),  # .31 M parameters
+        "preactresnet18": ([64, 128, 256, 512], [2] * 4, 64, 1),  # 11.17 M
+        "wrn-28-10": ([160, 320, 640], [4] * 3, 16, 1),  # 36.5 M; depth 28 = 6 * 4 + 4
+        "wrn-34-10": ([160, 320, 640], [5] * 3, 16, 1),  # 46.2 M
+    }[name]
     model = PreActResNet(*layout, num_classes, in_channels, mean, std)
     model.spec = dict(name=name, num_classes=num_classes, in_channels=in_channels, width=width)
     return model.to(memory_format=torch.channels_last)
 
 
-# ==================================================================================================
-# 4. Energies
-# ==================================================================================================
+# ==== 4. Energies =================================================================================
+
+
+# Energies stand for densities: p(x, y) = exp(-E(x, y)) / Z and p(x) = exp(-E(x)) / Z, with one Z
+# that makes them sum to 1. Nobody can compute Z, and nobody has to: it cancels in p(y|x) =
+# p(x, y) / p(x), which is the softmax, and in every difference of energies. Energies are in nats:
+# their logarithms are natural ones.
 
 
 def energy_xy(logits, y):
@@ -716,7 +719,7 @@ def energy_x(logits):
     """(E2) Marginal energy E(x) = -log sum_k exp f(x)[k]. logits (N, K) -> (N,). Lower is likelier.
 
     exp(-E(x)) is the sum of exp(-E(x, y)) over y: the label is summed out, as in any joint density.
-    Source: Grathwohl et al. 2020 (JEM), section 3.
+    Source: Grathwohl et al. 2020 (the joint energy-based model, JEM), section 3.
     """
     return -logits.float().logsumexp(1)
 
@@ -736,9 +739,7 @@ def delta_energy(logits, logits_adv, y=None):
     return energy_xy(logits, y) - energy_xy(logits_adv, y)
 
 
-# ==================================================================================================
-# 5. Attacks: pure functions of (model, x, y, eps)
-# ==================================================================================================
+# ==== 5. Attacks: pure functions of (model, x, y, eps) ============================================
 
 ATTACK_LOSSES = ["ce", "kl", "margin", "dlr", "energy", "energy-up"]
 
@@ -750,12 +751,12 @@ def attack_loss(logits, y, loss="ce", reference=None, target=None):
     kl:     KL(p(.|x) || p(.|x*)) against the `reference` logits of the clean images (TRADES).
     margin: max_{k != y} f(x)[k] - f(x)[y], positive exactly when x is misclassified (Carlini &
             Wagner 2017); unlike ce it does not flatten out where the model is confident.
-    dlr:    (E19) margin / (f_(1) - f_(3)), where f_(i) is the i-th largest logit: the same whether
-            logits are large or small. With a `target` t (N,) to reach instead of y, (E20)
+    dlr:    (E6) margin / (f_(1) - f_(3)), where f_(i) is the i-th largest logit: the same whether
+            logits are large or small. With a `target` t (N,) to reach instead of y, (E7)
             (f[t] - f[y]) / (f_(1) - (f_(3) + f_(4)) / 2). Croce & Hein 2020, equations 6 and 7.
             Fewer than 3 (4) classes have no such denominator: the numerator alone is climbed.
     energy: -E(x), so that climbing it makes the image likelier to the model, whatever its label.
-    energy-up: (E21) margin until the image is misclassified, E(x) from there on: adversarial AND
+    energy-up: (E8) margin until the image is misclassified, E(x) from there on: adversarial AND
             unlikely. The 1000 ranks all fooling points above all others; it has no gradient.
     """
     check_choice("attack loss", loss, ATTACK_LOSSES)
@@ -808,10 +809,7 @@ def attack_mode(model, batchnorm="eval"):
 
 
 def check_attack(x, y, eps, norm):
-    """Refuses what attacks silently go wrong on: normalised or integer images, bad labels, bad eps.
-
-    Raises: BadInput.
-    """
+    """Raises BadInput for what attacks silently go wrong on: normalised or integer images ..."""
     check_choice("norm", norm, ("linf", "l2"))
     if x.ndim != 4 or not x.is_floating_point():
         raise BadInput(f"attacks take float images (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
@@ -851,7 +849,8 @@ def input_gradient(model, x, y, loss="ce", targeted=False, reference=None):
 
 def per_image_norm(d):
     """l_2 norm of each image, never quite 0: (N, C, H, W) -> (N, 1, 1, 1)."""
-    return d.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
+    least = max(1e-12, torch.finfo(d.dtype).tiny)
+    return d.flatten(1).norm(dim=1).clamp_min(least).view(-1, 1, 1, 1)
 
 
 def random_noise(x, eps, norm="linf", generator=None):
@@ -883,7 +882,7 @@ def project(x_adv, x, eps, norm="linf"):
 
 def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None, step=None,
          inside_ball=True, batchnorm="eval", validate=True):  # fmt: skip
-    """(E6) Fast gradient sign method: x* = clip(x + eps * sign grad_x CE(x, y)).
+    """(E9) Fast gradient sign method: x* = clip(x + eps * sign grad_x CE(x, y)); l_2: see ascend.
 
     Args:
         model: images in [0, 1] -> logits (N, K). Left exactly as it was.
@@ -911,7 +910,7 @@ def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None
 
 
 def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
-    """(E7) FGSM from x + U(-eps, eps), with one step of 1.25 eps, back into the ball.
+    """(E10) FGSM from x + U(-eps, eps), with one step of 1.25 eps, back into the ball.
 
     Arguments as for fgsm; `generator` draws the start. Source: Wong et al. 2020.
     """
@@ -921,7 +920,7 @@ def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **opti
 
 
 def n_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
-    """(E8) Noisy FGSM: x0 = x + U(-2 eps, 2 eps), one step of eps, and NO clipping to the ball.
+    """(E11) Noisy FGSM: x0 = x + U(-2 eps, 2 eps), one step of eps, and NO clipping to the ball.
 
     So x* may lie up to 3 eps away from x: it is meant for training, not for judging. Arguments as
     for fgsm; `generator` draws the start. Source: de Jorge et al. 2022, algorithm 1.
@@ -934,7 +933,7 @@ def n_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **optio
 def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss="ce", targeted=False,
         random_start=True, start=None, batchnorm="eval", generator=None,
         validate=True):  # fmt: skip
-    """(E9) Projected gradient descent: `steps` times x* <- project(x* + step_size * direction).
+    """(E12) Projected gradient descent: `steps` times x* <- project(x* + step_size * direction).
 
     Args:
         steps, step_size: how many, how long; default length eps / 4 (2/255 at 8/255, Rice et al.).
@@ -959,13 +958,16 @@ def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss="ce", t
     return x_adv.detach()
 
 
-def exact_logits(model, x, batch_size=500):
-    """Logits (N, K) in plain fp32, whatever autocast or TF32 is on: what claims are judged by."""
-    cudnn = torch.backends.cudnn
+def exact_logits(model, x, batch_size=500, dtype=torch.float32):
+    """Logits (N, K) in eval mode and fp32, whatever autocast is on: what claims are judged by.
+
+    x float or uint8 (N, C, H, W). dtype: torch.bfloat16 is faster, for where exactness is no claim.
+    """
+    cudnn = torch.backends.cudnn  # without its TF32, which rounds products to 10 bits
     kept = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
-    with torch.no_grad(), attack_mode(model), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), attack_mode(model), autocast(x.device, dtype):
         with cudnn.flags(**kept, allow_tf32=False):
-            return torch.cat([model(part).float() for part in x.split(batch_size)])
+            return torch.cat([model(as_pixels(part)).float() for part in x.split(batch_size)])
 
 
 def _has_fallen(model, x_adv, y, logits):
@@ -991,7 +993,7 @@ def _checkpoints(steps):
 
 def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, start=None,
          until_fooled=True, generator=None, validate=True):  # fmt: skip
-    """(E22) Auto-PGD: projected gradient ascent with momentum that finds its own step size.
+    """(E13) Auto-PGD: projected gradient ascent with momentum that finds its own step size.
 
         z       = project(x_k + step * direction)
         x_{k+1} = project(x_k + .75 (z - x_k) + .25 (x_k - x_{k-1}))
@@ -1068,7 +1070,7 @@ def _halve_steps(now, enough):
 
 def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=None,
            validate=True):  # fmt: skip
-    """(E23) Targeted APGD: towards each of the likeliest wrong classes in turn, with (E20).
+    """(E14) Targeted APGD: towards each of the likeliest wrong classes in turn, with (E7).
 
     Args: targets, how many classes at most (all wrong ones of 2 to 10 classes; with 100, the 9
         likeliest). The others as for apgd; an image that has fallen is not attacked again.
@@ -1084,6 +1086,8 @@ def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=Non
     best = torch.full_like(logits[:, 0], -math.inf)
     standing = torch.arange(len(x), device=x.device)
     for t in ranking.indices.T:  # (N,): every image's next likeliest class
+        if not len(standing):
+            break
         options = dict(norm=norm, loss="dlr", target=t[standing], generator=generator)
         options["validate"] = False
         found = apgd(model, x[standing], y[standing], eps, steps, **options)
@@ -1097,7 +1101,8 @@ def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=Non
 def _bumps(side, like):
     """A hill beside a valley, together of l_2 norm 1: (side, side). Square's building block."""
 
-    def hill(rows, cols):  # rings around the middle; ring d has height sum_{j >= d} 1 / (j + 1)^2
+    def hill(rows, cols):
+        """Rings around the middle; ring d has height sum_{j >= d} 1 / (j + 1)^2: (rows, cols)."""
         ring = [(torch.arange(n, device=like.device) - n // 2).abs() for n in (rows, cols)]
         ring = torch.maximum(ring[0][:, None], ring[1])
         fall = 1 / torch.arange(1, max(rows, cols) // 2 + 2, device=like.device) ** 2
@@ -1152,7 +1157,7 @@ def _propose(x, x_adv, eps, norm, side, random, signs):
 
 @torch.no_grad()
 def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None, validate=True):
-    """(E24) Square attack: random search on the margin that looks at logits only, at no gradient.
+    """(E15) Square attack: random search on the margin that looks at logits only, at no gradient.
 
     It begins with vertical stripes (l_inf) or a grid of bumps (l_2). Each query repaints a random
     square window with colours at the border of the ball and is kept if the margin grew. The window
@@ -1225,10 +1230,9 @@ ATTACKS = {
 SUITES = {
     "quick": ["fgsm", "pgd", "pgd-margin"],
     "standard": ["apgd-ce", "apgd-t", "square"],
-    "energy": ["fgsm", "rs-fgsm", "pgd", "pgd-margin", "pgd-kl", "pgd-dlr", "energy-down",
-               "energy-up", "pgd-t-random", "pgd-t-least", "apgd-ce", "apgd-t"],
+    "energy": [a for a in ATTACKS if a not in ("n-fgsm", "apgd-dlr", "square")],
     "all": list(ATTACKS),
-}  # fmt: skip
+}
 
 
 def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
@@ -1238,6 +1242,8 @@ def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
     depends neither on its place nor on its batch. Returns: x_adv, like x. Raises: BadInput.
     """
     check_choice("attack", name, ATTACKS)
+    for setting in settings:
+        check_choice("attack setting", setting, {k for a in ATTACKS.values() for k in a.settings})
     attack = ATTACKS[name]
     options = attack.settings | {a: v for a, v in settings.items() if a in attack.settings}
     generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{name} {seed}".encode()))
@@ -1258,10 +1264,7 @@ def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
 
 
 def check_model(model, x, y):
-    """Refuses a model that does not fit its images; returns the clean logits, fp32 (N, K).
-
-    Raises: BadInput.
-    """
+    """The clean logits, fp32 (N, K). Raises BadInput for a model that does not fit its images."""
     place = next((p.device for p in model.parameters()), x.device)
     if not place == x.device == y.device:
         raise BadInput(f"model on {place}, images on {x.device}, labels on {y.device}: move them")
@@ -1269,7 +1272,7 @@ def check_model(model, x, y):
         raise BadInput("no images to attack")
     try:
         logits = exact_logits(model, x)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:
         images = f"images of shape {tuple(x.shape[1:])}"
         raise BadInput(f"the model does not take {images}: {error}") from error
     if logits.ndim != 2 or (k := logits.shape[1]) < 2:
@@ -1304,24 +1307,10 @@ def _inside(x_adv, x, eps, norm):
     return (size <= eps * (1 + 1e-5) + 1e-6) & (low >= 0) & (high <= 1)
 
 
-@contextlib.contextmanager
-def _counting(model, counts):
-    """Counts the images that pass through the model, with a gradient and without, into `counts`."""
-
-    def count(_, inputs):
-        counts["gradients" if torch.is_grad_enabled() else "queries"] += len(inputs[0])
-
-    hook = model.register_forward_pre_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
 @torch.no_grad()
 def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, batch_size=500,
                     precision="auto", on_progress=None, **settings):  # fmt: skip
-    """(E25) Accuracy under the worst of several attacks, image by image, and their energies.
+    """(E16) Accuracy under the worst of several attacks, image by image, and their energies.
 
     An image has fallen when it is misclassified, or when an attack has found a point in its ball
     and in [0, 1] that is misclassified in plain fp32 (the search itself may run in bf16). The suite
@@ -1334,11 +1323,10 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         batch_size: on it only speed and memory depend; precision: see pick_precision.
         on_progress: called as (rows so far, attack, images done, images in all) after every batch.
         settings: steps and queries, for the attacks that have them.
-    Returns: dict: clean_acc, robust_acc; rows, dicts with attack, n (images attacked), means over
-        those (accuracy, energy E(x*), delta_energy, delta_energy_xy, cross_entropy, linf, l2),
-        worst (robust accuracy so far, of all images), gradients and queries (per image), seconds
-        and energies (n,), the first row for natural images; x_adv (N, C, H, W), the point where an
-        image fell, x itself where none was found; fallen (N,).
+    Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, x itself where no
+        point was found; fallen (N,); rows, first that of natural images: the means of _row over the
+        n images attacked, worst (robust accuracy of ALL images so far), gradients and queries (per
+        image), seconds.
     Raises: BadInput. Source: Croce & Hein 2020 (worst case); Mirza et al. 2024 (energies).
     """
     check_attack(x, y, eps, norm)
@@ -1350,8 +1338,12 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
     clean = check_model(model, x, y)
     fallen, worst = clean.argmax(1) != y, x.clone()
     row = {"worst": (~fallen).float().mean().item(), "gradients": 0.0, "queries": 1.0}
-    row["seconds"] = time.perf_counter() - began
-    rows = [_row("natural", clean, clean, x, x, y, **row)]
+    rows = [_row("natural", clean, clean, x, x, y, **row, seconds=time.perf_counter() - began)]
+
+    def count(_, inputs):
+        """Counts the images that pass through the model, with a gradient or without."""
+        counts["gradients" if torch.is_grad_enabled() else "queries"] += len(inputs[0])
+
     for name in names:
         began, counts = time.perf_counter(), {"gradients": 0, "queries": 0}
         chosen = (~fallen if suite == "standard" else torch.ones_like(fallen)).nonzero()[:, 0]
@@ -1360,7 +1352,7 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         done, found = 0, []
         for part in chosen.split(batch_size):
             search = torch.float32 if ATTACKS[name].exact else dtype
-            with _counting(model, counts), autocast(x.device, search):
+            with model.register_forward_pre_hook(count), autocast(x.device, search):
                 found.append(run_attack(name, model, x[part], y[part], eps, norm, seed, **settings))
             done += len(part)
             if on_progress:
@@ -1383,20 +1375,25 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
 def masking_signs(model, x, y, eps, norm="linf", rows=()):
     """Reasons to distrust a robust accuracy: a list of sentences, empty if nothing was noticed.
 
-    Gradients that lead nowhere make a model LOOK robust. Tried on the first 200 images: are there
+    Gradients that lead nowhere make a model LOOK robust. Tried on 200 of the images: are there
     logits at all, are gradients zero, does one step beat many, does a ball that can erase every
     image leave some standing; and in the `rows` of robust_accuracy: did Square, which uses no
     gradient, break what gradient attacks could not?
 
     Arguments as for robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
     """
-    x, y = x[:200], y[:200]
-    logits, everything = exact_logits(model, x), 0.5 * (math.sqrt(x[0].numel()), 1)[norm == "linf"]
+    rows_tried = evenly(200, len(x)).to(x.device)
+    x, y = x[rows_tried], y[rows_tried]
+    logits, everything = (
+        exact_logits(model, x),
+        0.5 * (1 if norm == "linf" else x[0].numel() ** 0.5),
+    )
     probabilities = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()
     with attack_mode(model):
         zero = (input_gradient(model, x, y).flatten(1) == 0).all(1).float().mean().item()
 
     def left(name, size):
+        """Accuracy that an attack of that size leaves."""
         x_adv = run_attack(name, model, x, y, size, norm, steps=10)
         return (exact_logits(model, x_adv).argmax(1) == y).float().mean().item()
 
@@ -1405,6 +1402,7 @@ def masking_signs(model, x, y, eps, norm="linf", rows=()):
     for i, row in enumerate(rows):
         if row["attack"] == "square" and any(r["gradients"] > 1 for r in rows[:i]):
             drops.append(rows[i - 1]["worst"] - row["worst"])
+    alarm = OverfittingMonitor()  # section 7: the same thresholds
     found = {
         "The model gives probabilities, not logits (a softmax at its end?): gradients shrink and"
         " energies mean nothing; attack it without the softmax.": probabilities,
@@ -1414,9 +1412,9 @@ def masking_signs(model, x, y, eps, norm="linf", rows=()):
         " cannot see where to go.": zero > 0.1,
         f"One step (FGSM, {one:.1%} left) hurts more than ten (PGD-10, {many:.1%}): the gradient"
         " misleads; trust the worst case at most.": one < many - 0.02,
-        f"FGSM leaves {one:.1%} right but PGD-10 only {many:.1%}: catastrophic overfitting;"  # the
-        " accuracy under FGSM says nothing here.":  # monitor's thresholds, see section 7
-            one - many >= 0.12 and many <= 0.35 * one,
+        f"FGSM leaves {one:.1%} right but PGD-10 only {many:.1%}: catastrophic overfitting;"
+        " accuracy under FGSM says nothing here.":
+            one - many >= alarm.co_gap and many <= alarm.co_ratio * one,
         f"PGD with eps {everything:.3g}, enough to turn every image grey, leaves {all_of_it:.1%}"
         " right: the attack does not work on this model.": all_of_it > 0.1,
         f"Square, which uses no gradient, broke {max(drops):.1%} of the images, all of which the"
@@ -1425,13 +1423,11 @@ def masking_signs(model, x, y, eps, norm="linf", rows=()):
     return [sentence for sentence, noticed in found.items() if noticed]
 
 
-# ==================================================================================================
-# 6. What training minimises: the losses, DER, and the baselines it is compared with
-# ==================================================================================================
+# ==== 6. What training minimises: the losses, DER, and the baselines it is compared with ==========
 
 
 def der(logits, logits_adv, power=1):
-    """(E10) Delta Energy Regularizer: mean over the batch of |E(x) - E(x*)|^power. A scalar.
+    """(E17) Delta Energy Regularizer: mean over the batch of |E(x) - E(x*)|^power. A scalar.
 
     Added to the loss of any method as beta * der. Gradients flow through BOTH energies: the energy
     landscape is flattened between x and x*, it is not only x* that is pulled towards x.
@@ -1448,7 +1444,7 @@ def der(logits, logits_adv, power=1):
 
 
 def adversarial_loss(logits, logits_adv, y, beta):
-    """(E11) Cross-entropy of the adversarial twins, what all fgsm's and pgd minimise. A scalar.
+    """(E18) Cross-entropy of the adversarial twins, what all fgsm's and pgd minimise. A scalar.
 
     `logits` and `beta` are not used; they are here so that all losses are called alike.
     Source: Madry et al. 2018.
@@ -1457,7 +1453,7 @@ def adversarial_loss(logits, logits_adv, y, beta):
 
 
 def trades_loss(logits, logits_adv, y, beta=6.0):
-    """(E12) TRADES: CE(f(x), y) + beta * KL(p(.|x) || p(.|x*)). A scalar.
+    """(E19) TRADES: CE(f(x), y) + beta * KL(p(.|x) || p(.|x*)). A scalar.
 
     In energies KL = sum_k p(k|x) (E(x*, k) - E(x, k)) + dE(x): part of what TRADES presses down IS
     the delta energy, which is why it suffers less from overfitting.
@@ -1467,7 +1463,7 @@ def trades_loss(logits, logits_adv, y, beta=6.0):
 
 
 def mart_loss(logits, logits_adv, y, beta=5.0):
-    """(E13) MART: BCE(p(x*), y) + beta * mean KL(p(.|x) || p(.|x*)) (1 - p(y|x)). A scalar.
+    """(E20) MART: BCE(p(x*), y) + beta * mean KL(p(.|x) || p(.|x*)) (1 - p(y|x)). A scalar.
 
     BCE = -log p(y|x*) - log(1 - max_{k != y} p(k|x*)), the cross-entropy "boosted" by a margin; the
     factor 1 - p(y|x) lets misclassified images count more. Source: Wang et al. 2020, equation 11.
@@ -1480,7 +1476,7 @@ def mart_loss(logits, logits_adv, y, beta=5.0):
 
 
 def weat_weights(logits):
-    """(E14) WEAT's weights w = 1 / log(1 + exp|E(x)|), detached: (N, K) -> (N,).
+    """(E21) WEAT's weights w = 1 / log(1 + exp|E(x)|), detached: (N, K) -> (N,).
 
     Images of energy near 0, about which the model has learnt least, count most.
     Source: Mirza et al. 2024, section 3.3.
@@ -1489,13 +1485,13 @@ def weat_weights(logits):
 
 
 def weat_nat_loss(logits, logits_adv, y, beta=6.0):
-    """(E15) WEAT, natural: mean w (CE(f(x), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
+    """(E22) WEAT, natural: mean w (CE(f(x), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
     ce = F.cross_entropy(logits.float(), y, reduction="none")
     return (weat_weights(logits) * (ce + beta * kl_per_image(logits, logits_adv))).mean()
 
 
 def weat_adv_loss(logits, logits_adv, y, beta=6.0):
-    """(E16) WEAT, adversarial: mean w (CE(f(x*), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
+    """(E23) WEAT, adversarial: mean w (CE(f(x*), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
     ce = F.cross_entropy(logits_adv.float(), y, reduction="none")
     return (weat_weights(logits) * (ce + beta * kl_per_image(logits, logits_adv))).mean()
 
@@ -1552,7 +1548,7 @@ def training_attack(model, x, y, start, eps, config):
 
 
 def grad_align(model, x, y, noise):
-    """(E17) GradAlign: 1 - mean cos(grad_x CE(x), grad_x CE(x + noise)), noise ~ U(-eps, eps).
+    """(E24) GradAlign: 1 - mean cos(grad_x CE(x), grad_x CE(x + noise)), noise ~ U(-eps, eps).
 
     A baseline: catastrophic overfitting shows as a gradient that turns within the ball, so its
     turning is penalised. Needs second derivatives, hence its price (about three times FGSM).
@@ -1568,7 +1564,7 @@ def grad_align(model, x, y, noise):
 
 @contextlib.contextmanager
 def adversarial_weights(model, objective, gamma):
-    """(E18) AWP: while open, every weight matrix w is shifted by gamma |w| g / |g|, g = dL/dw.
+    """(E25) AWP: while open, every weight matrix w is shifted by gamma |w| g / |g|, g = dL/dw.
 
     A baseline against robust overfitting: the loss is made small in a whole neighbourhood of the
     weights. `objective()` returns the loss. Afterwards the weights are restored exactly.
@@ -1590,9 +1586,7 @@ def adversarial_weights(model, objective, gamma):
                 w.copy_(kept)
 
 
-# ==================================================================================================
-# 7. Overfitting: what is measured, and when the alarm rings
-# ==================================================================================================
+# ==== 7. Overfitting: what is measured, and when the alarm rings ==================================
 
 
 @torch.no_grad()
@@ -1690,20 +1684,17 @@ class OverfittingMonitor:
         )
 
 
-# ==================================================================================================
-# 8. The training loop: one for every method
-# ==================================================================================================
+# ==== 8. The training loop: one for every method ==================================================
 
 SCHEDULES = ["triangular", "piecewise", "cosine", "constant"]
 PRESETS = {
-    # Few images, many epochs, a learning-rate drop: what robust overfitting needs (Rice et al.
-    # 2020).
+    # Few images, many epochs, a learning-rate drop: what RO needs (Rice et al. 2020).
     "ro": dict(dataset="shapes", method="pgd", limit=200, width=32, eps=16 / 255, eps_warmup=0.0,
                attack_steps=5, batch_size=50, lr=0.1, schedule="piecewise", epochs=80,
                probe_size=200, test_size=1000, beta=4.0),
 }  # fmt: skip
 REACTIONS = ["continue", "stop", "rollback", "der"]
-HISTORY = [  # the columns of history.csv, in order; accuracies in [0, 1], energies in nats
+HISTORY = [  # of history.csv; on test images, but for train_... and val_...; energies in nats
     "epoch", "lr", "train_loss", "train_adv_acc", "clean_acc", "fgsm_acc", "pgd_acc", "val_pgd_acc",
     "energy", "delta_energy_fgsm", "delta_energy_pgd", "abs_delta_energy_pgd", "train_delta_energy",
     "verdict", "seconds", "val_fgsm_acc", "val_delta_energy", "probe_seconds",
@@ -1719,6 +1710,8 @@ def recipe(dataset="shapes", method="fgsm", **given):
     Raises: BadInput.
     """
     check_choice("method", method, METHODS)
+    for name in given:
+        check_choice("setting", name, vars(Config()))
     config = Config(dataset=str(dataset), method=method)
     if dataset != "shapes":
         config.model, config.eps, config.eps_warmup = "preactresnet18", 8 / 255, 0.0
@@ -1864,10 +1857,7 @@ def load_checkpoint(path):
 
 
 def load_model(path, device="cpu"):
-    """The model of a checkpoint, in eval mode, and the checkpoint (config, classes, epoch ...).
-
-    Raises: RunError.
-    """
+    """The model of a checkpoint, in eval mode, and the checkpoint. Raises: RunError."""
     checkpoint = load_checkpoint(path)
     try:
         model = make_model(**checkpoint["spec"])
@@ -1879,15 +1869,18 @@ def load_model(path, device="cpu"):
 
 def build_model(config, data):
     """The seeded model of a run, normalised by the mean and std of its training images."""
-    x = data.x_train[:10_000].float() / 255
+    x = as_pixels(data.x_train[evenly(10_000, len(data.x_train))])
     mean, std = x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).clamp_min(1e-3).tolist()
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay as they were
+    devices = range(torch.cuda.device_count())
+    with torch.random.fork_rng(devices):  # the caller's random numbers stay as they were
         torch.manual_seed(config.seed)
         return make_model(config.model, len(data.classes), x.shape[1], mean, std, config.width)
 
 
 class Trainer:
     """The state of a run: model, optimiser, averaged weights, monitor, history, best so far."""
+
+    RESUMED = ("best", "history", "alarms", "epoch", "finished", "reason", "schedule_start")
 
     def __init__(self, config, data, model, resume=None):
         check_config(config)
@@ -1903,10 +1896,12 @@ class Trainer:
             raise BadInput(f"batch_size {size} exceeds the {n} training images")
         if size % world()[1]:
             raise BadInput(f"batch_size {size} is not divisible by {world()[1]} processes")
-        self.optimizer = torch.optim.SGD(
-            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-        )
+        decay = config.weight_decay
+        self.optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, 0, decay)
         self.ema = copy.deepcopy(model) if config.ema else None
+        self.judged = self.ema or model  # what is measured and kept
+        parts = {"model": model, "optimizer": self.optimizer, "ema": self.ema}
+        self.parts = {k: part for k, part in parts.items() if part}
         self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
         self.schedule_start = 0  # the epoch from which the learning rate counts; a rescue moves it
         self.verdict_now, self.reason = "healthy", ""  # of the last measurement; of the last alarm
@@ -1918,69 +1913,59 @@ class Trainer:
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise RunError("the checkpoint does not fit this run: not resumed") from error
 
-    def judged(self):
-        """The network that is measured and kept: the averaged one if there is one."""
-        return self.ema or self.model
-
     def snapshot(self):
         """A copy of all tensors that training changes."""
-        parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if self.ema:
-            parts["ema"] = self.ema.state_dict()
-        return copy.deepcopy(parts)
+        return copy.deepcopy({k: part.state_dict() for k, part in self.parts.items()})
 
     def load_snapshot(self, parts):
         """Puts the tensors of a snapshot back, copied, so that it stays what it was."""
-        parts = copy.deepcopy(parts)
-        self.model.load_state_dict(parts["model"])
-        self.optimizer.load_state_dict(parts["optimizer"])
-        if self.ema:
-            self.ema.load_state_dict(parts["ema"])
+        for k, part in self.parts.items():
+            part.load_state_dict(copy.deepcopy(parts[k]))
 
     def restore(self, saved):
         """Takes up a run where its checkpoint left it."""
         self.load_snapshot(saved["now"])
-        self.monitor = OverfittingMonitor(**saved["monitor"])
-        self.best, self.history, self.alarms = saved["best"], saved["history"], saved["alarms"]
-        self.epoch, self.finished = saved["epoch"], saved["finished"]
+        self.monitor, self.config.der = OverfittingMonitor(**saved["monitor"]), saved["der"]
+        vars(self).update({k: saved[k] for k in self.RESUMED})
+        self.finished = self.finished or self.epoch >= self.config.epochs
         self.saved_epoch = self.epoch
-        self.config.der, self.reason = saved["der"], saved["reason"]
-        self.schedule_start = saved["schedule_start"]
 
     def checkpoint(self):
         """What last.pt holds: enough to use the model, and enough to go on as if never stopped."""
         return {
-            "format": "ebm-at 1", "spec": self.model.spec, "classes": self.data.classes,
+            "format": "ebm-at 1", "spec": getattr(self.model, "spec", None),
+            "classes": self.data.classes,
             "config": dataclasses.asdict(self.config), "epoch": self.epoch,
-            "model": self.judged().state_dict(),
+            "model": self.judged.state_dict(),
             "training": {
-                "now": self.snapshot(), "best": self.best, "history": self.history,
-                "monitor": dataclasses.asdict(self.monitor), "alarms": self.alarms,
-                "epoch": self.epoch, "finished": self.finished, "der": self.config.der,
-                "reason": self.reason, "schedule_start": self.schedule_start,
+                "now": self.snapshot(), "monitor": dataclasses.asdict(self.monitor),
+                "der": self.config.der, **{k: getattr(self, k) for k in self.RESUMED},
             },
         }  # fmt: skip
 
     def save(self, folder):
         """Writes last.pt (model and everything resume needs) and best.pt (model only)."""
+        if folder is None or world()[0] > 0:  # only one process writes
+            return
         last = self.checkpoint()
         save_checkpoint(os.path.join(folder, "last.pt"), last)
         best = {k: v for k, v in last.items() if k != "training"}
-        weights = self.best["model"]
-        if self.ema:
-            weights = self.best["ema"]
-        best |= {"epoch": self.best["epoch"], "model": weights}
+        best |= {"epoch": self.best["epoch"], "model": self.best["ema" if self.ema else "model"]}
         save_checkpoint(os.path.join(folder, "best.pt"), best)
         self.saved_epoch = self.epoch
 
     def probe(self, split, size):
-        """Measures the first `size` images of a split at the run's full eps."""
-        x, y = getattr(self.data, f"x_{split}")[:size], getattr(self.data, f"y_{split}")[:size]
-        found = evaluate(self.judged(), x, y, self.config.eps, 10, self.config.norm, self.dtype)
+        """Measures `size` images of a split, always the same ones, at the run's full eps."""
+        began = time.perf_counter()
+        x, y = getattr(self.data, f"x_{split}"), getattr(self.data, f"y_{split}")
+        rows = evenly(size, len(y)).to(self.device)
+        x, y = x[rows], y[rows]
+        found = evaluate(self.judged, x, y, self.config.eps, 10, self.config.norm, self.dtype)
         if dist.is_initialized():  # all processes must decide alike: what rank 0 measured counts
             values = torch.tensor(list(found.values()), device=self.device)
             dist.broadcast(values, 0)
             found = dict(zip(found, values.tolist()))
+        self.probing += time.perf_counter() - began
         return found
 
     def step(self, rows, generator, at):
@@ -1997,27 +1982,24 @@ class Trainer:
         x, y = share(x), share(self.data.y_train[rows])
 
         def objective():
-            # A context of its own: autocast remembers the weights it has cast until it is left, and
-            # AWP moves the weights between two calls.
+            """The loss and the logits of x*, in an autocast context of its own: it remembers the
+            weights it has cast until it is left, and AWP moves them between two calls."""
             with autocast(self.device, self.dtype):
                 return training_loss(model, x, y, x_adv, noise, config)
 
         with autocast(self.device, self.dtype):
             x_adv = training_attack(model, x, y, start, eps, config)
-        shifted = contextlib.nullcontext()
-        if config.awp:
-            shifted = adversarial_weights(model, lambda: objective()[0], config.awp)
         self.optimizer.zero_grad()
-        with shifted:
+        shift = adversarial_weights(model, lambda: objective()[0], config.awp)
+        with shift if config.awp else contextlib.nullcontext():
             loss, logits_adv = objective()
             loss.backward()
         gradients = [p.grad for p in model.parameters()]
         sum_over_processes(gradients)
         if world()[1] > 1:
             torch._foreach_div_(gradients, world()[1])
-        restarted = epochs_done - self.schedule_start
-        lr = lr_at(config, restarted / (config.epochs - self.schedule_start))
-        self.optimizer.param_groups[0]["lr"] = lr
+        progress = (epochs_done - self.schedule_start) / (config.epochs - self.schedule_start)
+        self.optimizer.param_groups[0]["lr"] = lr_at(config, progress)
         self.optimizer.step()
         if self.ema:
             self.average_weights()
@@ -2027,10 +2009,8 @@ class Trainer:
     def average_weights(self):
         """Exponential moving average of weights and BatchNorm statistics: e <- d e + (1 - d) w."""
         for kept, now in zip(self.ema.state_dict().values(), self.model.state_dict().values()):
-            if kept.is_floating_point():
-                kept.lerp_(now, 1 - self.config.ema)
-            else:
-                kept.copy_(now)  # BatchNorm's count of batches
+            floats = kept.is_floating_point()  # all but BatchNorm's count of batches
+            kept.copy_(kept.lerp(now, 1 - self.config.ema) if floats else now)
 
     def run_epoch(self, on_progress=None):
         """Trains for one epoch and measures; yields a record per alarm and then the epoch's row.
@@ -2038,30 +2018,24 @@ class Trainer:
         All randomness of an epoch comes from a generator seeded by (seed, epoch): that is why a
         resumed run needs no random state to repeat an uninterrupted one bit for bit.
         """
-        config, began, probing = self.config, time.perf_counter(), 0.0
+        config, began, self.probing = self.config, time.perf_counter(), 0.0
         seed = config.seed * 100_003 + self.epoch
-        order = torch.randperm(
-            len(self.data.x_train), generator=torch.Generator().manual_seed(seed)
-        )
-        order = order.to(self.device)
+        on_cpu = torch.Generator().manual_seed(seed)  # one order of the images on every device
+        order = torch.randperm(len(self.data.x_train), generator=on_cpu).to(self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
         losses, correct = [], []
         self.model.train()
         for i in range(self.steps):
             rows = order[i * config.batch_size : (i + 1) * config.batch_size]
             at = (self.epoch + i / self.steps) / config.epochs
-            loss, right = self.step(rows, generator, at)
-            losses.append(loss)
-            correct.append(right)
+            for kept, value in zip((losses, correct), self.step(rows, generator, at)):
+                kept.append(value)
             if on_progress:
                 on_progress(self.epoch, i + 1, self.steps)
-            if (
-                i + 1
-            ) % config.probe_every == 0 and i + 1 < self.steps:  # CO strikes within an epoch
+            done = i + 1  # CO strikes within an epoch
+            if done % config.probe_every == 0 and done < self.steps:
                 self.check_losses(losses)
-                paused = time.perf_counter()
                 found = self.probe("val", min(200, config.probe_size))
-                probing += time.perf_counter() - paused
                 yield from self.react(found, f"epoch {self.epoch + 1}, step {i + 1}")
                 if self.finished:
                     return
@@ -2070,60 +2044,51 @@ class Trainer:
         totals = [torch.stack(correct).sum().float()]
         sum_over_processes(totals)
         train_adv_acc = totals[0].item() / (self.steps * config.batch_size)
-        trained = time.perf_counter()
-        yield from self.measure(loss, train_adv_acc, trained - began - probing, probing)
+        yield from self.measure(loss, train_adv_acc, began)
 
     def check_losses(self, losses):
         """Mean of the epoch's losses so far; refuses to go on once one of them is not finite."""
         totals = torch.stack(losses).float()
         sum_over_processes([totals])
         totals = (totals / world()[1]).cpu().double()
-        bad = (~totals.isfinite()).nonzero()
-        if len(bad):
-            step = int(bad[0])
-            raise RunError(
-                f"the loss became {totals[step].item()} at step {step + 1} of epoch"
-                f" {self.epoch + 1}; the last good checkpoint is kept; try a lower lr or beta,"
-                " or precision fp32"
-            )
+        for step in (~totals.isfinite()).nonzero()[:1, 0].tolist():
+            self.diverged(f"the loss became {totals[step]} at step {step + 1} of", self.epoch + 1)
         return totals.mean().item()
 
-    def measure(self, loss, train_adv_acc, seconds, probing):
+    def diverged(self, what, epoch):
+        """Raises the RunError of a run that cannot go on."""
+        raise RunError(f"{what} epoch {epoch}; the last good checkpoint is kept; try a lower lr or"
+                       " beta, or precision fp32")  # fmt: skip
+
+    def measure(self, loss, train_adv_acc, began):
         """Measures all splits, asks the monitor, keeps the best; yields alarms and the row."""
-        began, config = time.perf_counter(), self.config
+        config = self.config
         lr = self.optimizer.param_groups[0]["lr"]  # before a rescue puts an older optimiser back
         val = self.probe("val", config.probe_size)  # the verdict rests on it: the largest
         test = self.probe("test", math.ceil(config.probe_size / 2))
         train = self.probe("train", math.ceil(config.probe_size / 4))
         if not math.isfinite(val["energy"]):
-            raise RunError(
-                f"the weights became non-finite in epoch {self.epoch}; the last good checkpoint is"
-                " kept; try a lower lr or beta, or precision fp32"
-            )
+            self.diverged("the weights became non-finite in", self.epoch)
         alarms = list(self.react(val, f"epoch {self.epoch}", train_adv_acc))
         accuracy = val["clean_acc" if config.method == "none" else "pgd_acc"]
         if not alarms and accuracy > self.best["accuracy"]:
             self.best = {"accuracy": accuracy, "epoch": self.epoch, **self.snapshot()}
-        row = {
-            "epoch": self.epoch, "lr": lr, "train_loss": loss,
-            "train_adv_acc": train_adv_acc, **{k: v for k, v in test.items() if k in HISTORY},
+        row = test | {
+            "epoch": self.epoch, "lr": lr, "train_loss": loss, "train_adv_acc": train_adv_acc,
             "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
-            "val_delta_energy": val["delta_energy_pgd"],
-            "train_delta_energy": train["delta_energy_pgd"], "verdict": self.verdict_now,
-            "seconds": seconds,
-            "probe_seconds": probing + time.perf_counter() - began,
+            "val_delta_energy": val["delta_energy_pgd"], "verdict": self.verdict_now,
+            "train_delta_energy": train["delta_energy_pgd"], "probe_seconds": self.probing,
+            "seconds": time.perf_counter() - began - self.probing,
         }  # fmt: skip
-        row = {k: row[k] for k in HISTORY}
-        self.history.append(row)
-        self.finished = self.finished or self.epoch == config.epochs
+        self.history.append({k: row[k] for k in HISTORY})
+        self.finished = self.finished or self.epoch >= config.epochs
         yield from alarms
-        yield {"kind": "epoch", **row}
+        yield {"kind": "epoch", **self.history[-1]}
 
     def react(self, found, when, train_adv_acc=None):
-        """Asks the monitor; on its FIRST alarm does what config.on_overfit says. Yields that alarm.
+        """Asks the monitor; on the first alarm of a kind does what on_overfit says, and yields it.
 
-        found: see evaluate. train_adv_acc: given at the end of an epoch only; RO needs whole
-        epochs.
+        found: see evaluate; train_adv_acc: only at the end of an epoch (RO needs whole epochs).
         """
         if self.config.method == "none":  # no robustness to lose
             return
@@ -2151,25 +2116,22 @@ class Trainer:
             self.config.der, self.schedule_start = True, self.epoch
             self.monitor = OverfittingMonitor()
         self.finished = action in ("stop", "rollback")
-        alarm = {"kind": "alarm", "verdict": self.verdict_now, "epoch": self.epoch, "when": when}
-        alarm |= {"reason": reason, "action": action, "der": der}
-        alarm["back_to_epoch"] = self.best["epoch"]
-        self.alarms.append(alarm)
-        yield alarm
+        self.alarms.append({"kind": "alarm", "verdict": verdict, "epoch": self.epoch, "when": when,
+                            "reason": reason, "action": action, "der": der,
+                            "back_to_epoch": self.best["epoch"]})  # fmt: skip
+        yield self.alarms[-1]
 
     def run(self, folder=None, on_progress=None):
         """Trains to the end; see `train` for what it yields."""
-        folder = folder if world()[0] == 0 else None  # only one process writes
-        if folder is not None and self.epoch == 0:
+        if self.epoch == 0:
             self.save(folder)
         while not self.finished:
             for record in self.run_epoch(on_progress):
-                if record["kind"] == "epoch" and folder is not None:
+                if record["kind"] == "epoch":
                     self.save(folder)
                 yield record
-        if folder is not None:
-            self.save(folder)  # a stop within an epoch ends without an epoch's record
-        self.model.load_state_dict(self.judged().state_dict())
+        self.save(folder)  # a stop within an epoch ends without an epoch's record
+        self.model.load_state_dict(self.judged.state_dict())
 
     def verdict(self):
         """What to say of the whole run: ("healthy", "CO" or "RO", and a sentence why)."""
@@ -2197,10 +2159,8 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
     Args:
         config: Config, best made by `recipe`.
         data: Data (see load_data).
-        model: trained in place; default build_model(config, data). It ends with the last weights
-            (the averaged ones where config.ema is on).
-        folder: an existing folder for last.pt and best.pt, written after every epoch; None saves
-            nothing.
+        model: trained in place; default build_model(config, data). It ends with the last weights.
+        folder: an existing one for last.pt and best.pt, written after every epoch; None: no file.
         resume: what load_checkpoint read from a last.pt; goes on where that run stopped.
         on_progress: called as (epoch, step, steps per epoch) after every step.
     Yields: {"kind": "alarm", verdict, epoch, when, reason, action, back_to_epoch, der} when
@@ -2212,20 +2172,13 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
     yield from Trainer(config, data, model, resume).run(folder, on_progress)
 
 
-# ==================================================================================================
-# 9. Generation: class-wise local PCA, energy guidance, adaptive stopping
-# ==================================================================================================
+# ==== 9. Generation: class-wise local PCA, energy guidance, adaptive stopping =====================
 
 # The gradients of a robust classifier look like the class: walking down E(x, y) paints class y into
 # an image. Where the walk STARTS decides how varied the pictures are, where it STOPS how good: real
 # images are not the points of lowest energy, they lie where E(x, y) has a certain value, and a walk
 # that goes on beyond it ends in saturated caricatures. So: start near the data, in a model of each
 # class with few dimensions, and stop as soon as the energy is that of real images.
-
-
-def as_pixels(x):
-    """Images as float in [0, 1]: uint8 is divided by 255, float stays."""
-    return x.float() / 255 if x.dtype == torch.uint8 else x
 
 
 def principal_components(flat, components):
@@ -2282,7 +2235,6 @@ class ClassPCA:
 
         Args: x, uint8, or float in [0, 1], (n, C, H, W); y int64 (n,); components, their number, or
             the share of the variance they retain (0 < v < 1).
-        Returns: ClassPCA.
         Raises: BadInput for a class without images, or a number of components that is none.
         """
         whole = components >= 1 and components == int(components)
@@ -2296,11 +2248,9 @@ class ClassPCA:
             mean = of_class.mean(0)
             found = principal_components(of_class - mean, int(components) if whole else components)
             fitted.append((mean, *found))
-        most, d = max(1, max(len(s) for _, _, s in fitted)), x[0].numel()
-        v = torch.zeros(num_classes, most, d, device=x.device)
-        std = torch.zeros(num_classes, most, device=x.device)
-        for k, (_, directions, s) in enumerate(fitted):
-            v[k, : len(s)], std[k, : len(s)] = directions, s
+        most = max(1, max(len(s) for _, _, s in fitted))
+        v = torch.stack([F.pad(v, (0, 0, 0, most - len(v))) for _, v, _ in fitted])
+        std = torch.stack([F.pad(s, (0, most - len(s))) for _, _, s in fitted])
         mean = torch.stack([mean for mean, _, _ in fitted])
         pca = cls(mean, v, std, torch.empty(0), y, list(x.shape[1:]))
         pca.codes = pca.encode(x, y)
@@ -2343,8 +2293,7 @@ def local_codes(pca, y, neighbours=10, temperature=1.5, generator=None):
 
     Args: y int64 (N,), classes; neighbours k, at least 2; temperature T, 0 gives the mean of each
         neighbourhood.
-    Returns: codes (N, P).
-    Raises: BadInput when a class has fewer than k images.
+    Returns: codes (N, P). Raises: BadInput when a class has fewer than k images.
     """
     if neighbours < 2 or temperature < 0:
         raise BadInput("neighbours must be at least 2 and temperature not negative")
@@ -2358,9 +2307,8 @@ def local_codes(pca, y, neighbours=10, temperature=1.5, generator=None):
         nearest = torch.cdist(anchors, own).topk(neighbours, largest=False).indices
         around = own[nearest]  # (n, k, P)
         centre = around.mean(1, keepdim=True)
-        g = torch.randn(len(rows), 1, neighbours, **draw) * math.sqrt(
-            temperature / (neighbours - 1)
-        )
+        g = torch.randn(len(rows), 1, neighbours, **draw)
+        g *= math.sqrt(temperature / (neighbours - 1))
         z[rows] = (centre + g @ (around - centre)).squeeze(1)
     return z
 
@@ -2384,25 +2332,14 @@ def draw_starts(pca, y, init="local-pca", neighbours=10, temperature=1.5, genera
     return pca.decode(z, y).clamp(0, 1)
 
 
-@torch.no_grad()
-def joint_energies(model, x, y, dtype=torch.float32, batch_size=500):
-    """E(x, y) of many images in batches, in eval mode: (N, C, H, W), (N,) -> (N,)."""
-    found = []
-    with attack_mode(model), autocast(x.device, dtype):
-        for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
-            xb = as_pixels(xb).contiguous(memory_format=torch.channels_last)
-            found.append(energy_xy(model(xb), yb))
-    return torch.cat(found)
-
-
-def class_energies(model, x, y, num_classes, most=500, **options):
+def class_energies(model, x, y, num_classes, most=500, dtype=torch.float32, batch_size=500):
     """E(x, y) of real images, class by class: a list of K tensors, each (at most `most`,)."""
     rows = [(y == k).nonzero().squeeze(1)[:most] for k in range(num_classes)]
     for k, found in enumerate(rows):
         if len(found) == 0:
             raise BadInput(f"class {k} has no images; its energies are needed to know when to stop")
-    energies = joint_energies(model, x[torch.cat(rows)], y[torch.cat(rows)], **options)
-    return list(energies.split([len(found) for found in rows]))
+    logits = exact_logits(model, x[torch.cat(rows)], batch_size, dtype)
+    return list(energy_xy(logits, y[torch.cat(rows)]).split([len(found) for found in rows]))
 
 
 STOPS = ["mean", "quantile", "sampled", "fixed"]
@@ -2422,6 +2359,8 @@ def stop_targets(energies, y, stop="sampled", quantile=0.5, drawn=None):
     if stop == "fixed":
         return torch.full((len(y),), -math.inf, device=y.device)
     if stop == "sampled":
+        if drawn is None:
+            raise BadInput("stop 'sampled' needs `drawn`, a real energy per image")
         return drawn
     of_class = [e.mean() if stop == "mean" else e.quantile(quantile) for e in energies]
     return torch.stack(of_class)[y]
@@ -2444,25 +2383,24 @@ def sgld(model, x, y, targets, *, steps=60, step_size=0.3, momentum=0.8, noise=0
          generator=None, on_progress=None):  # fmt: skip
     """(E31) Walks down the energy: nu <- zeta nu - eta g;  x <- clip(x + nu + noise N(0, 1)).
 
-    Adaptive stopping: an image whose E(x, y) <= its target stops and leaves the batch, so that work
-    is done only for what still moves. All images take step t before any takes step t + 1: the
-    random numbers, and with them the pictures, do not depend on batch_size (beyond rounding).
+    The form is that of stochastic gradient Langevin dynamics, hence the name; but with momentum,
+    unit-length gradients and a noise that does not follow the step it does NOT sample p(x, y): it
+    descends, with a little noise, and the stop decides where it ends.
+
+    Adaptive stopping: an image whose E(x, y) <= its target stops and leaves the batch. All images
+    take step t before any takes step t + 1: the random numbers, and with them the pictures, do not
+    depend on batch_size (beyond rounding).
 
     Args:
         x, y: starts, float (N, C, H, W) in [0, 1], which are not changed; labels int64 (N,).
         targets: (N,), energies to stop at (see stop_targets).
         steps: the most steps any image takes. step_size eta, momentum zeta, noise (a std): plain
-            numbers in pixel units. mix: see energy_gradient.
-        normalize: g has length 1 per image, so that eta is a distance whatever the model's scale.
+            numbers in pixel units. mix: see energy_gradient. normalize: g has length 1 per image.
         max_rise: an image has diverged when E(x, y) exceeds its start by more nats than that.
-        dtype, batch_size: how the model is called (see autocast).
-        on_progress: called after every batch as (step, x, moving): step t is t + the share of it
-            that is done, x all images as they are, moving (n,) the rows still walking.
+        on_progress: called after every batch as (t + the share of step t done, x, rows that walk).
     Returns: images like x, and a record, a dict of (N,) tensors: steps taken, energy_start,
-        energy_end, target, and stopped: 0 at the cap, 1 at its target, 2 diverged (energy or
-        gradient not finite, or max_rise); the image is then left as it last was.
-    Raises: BadInput.
-    Source: Mirza et al. 2024, section 4 (the walk); Mirza et al. 2025 (the stopping).
+        energy_end, target, and stopped: 0 at the cap, 1 at its target, 2 diverged.
+    Raises: BadInput. Source: Mirza et al. 2024, section 4 (walk); Mirza et al. 2025 (stopping).
     """
     check_attack(x, y, 0.0, "linf")
     if steps < 0 or not step_size > 0 or not 0 <= momentum < 1 or noise < 0 or batch_size < 1:
@@ -2512,14 +2450,12 @@ def generate(model, pca, y, energies, *, init="local-pca", neighbours=10, temper
     rule: it prefers caricatures.) With stop="sampled" the walk ends at that same draw.
 
     Args:
-        model: images in [0, 1] -> logits (N, K); left exactly as it was.
-        pca, energies: of real images, see ClassPCA.fit and class_energies.
+        pca, energies: of real images, see ClassPCA.fit and class_energies. model: as for fgsm.
         y: int64 (N,), on the model's device: the class of each picture.
         init, neighbours, temperature: see draw_starts. stop, quantile: see stop_targets.
         seed: same seed, same pictures. The others, and `walk`: see sgld.
     Returns: images (N, C, H, W) in [0, 1] and the record of sgld.
-    Raises: BadInput.
-    Source: Mirza et al. 2025.
+    Raises: BadInput. Source: Mirza et al. 2025.
     """
     if candidates < 1:
         raise BadInput(f"candidates must be at least 1, not {candidates}")
@@ -2532,20 +2468,18 @@ def generate(model, pca, y, energies, *, init="local-pca", neighbours=10, temper
         drawn[rows] = energies[k][chosen]
     targets = stop_targets(energies, y, stop, quantile, drawn)
     x, gap = draw_starts(pca, y, init, neighbours, temperature, generator), None
+    if candidates > 1:
+        gap = (energy_xy(exact_logits(model, x, batch_size, dtype), y) - drawn).abs()
     for _ in range(candidates - 1):  # one at a time: all candidates at once would fill the memory
-        if gap is None:
-            gap = (joint_energies(model, x, y, dtype, batch_size) - drawn).abs()
         other = draw_starts(pca, y, init, neighbours, temperature, generator)
-        other_gap = (joint_energies(model, other, y, dtype, batch_size) - drawn).abs()
+        other_gap = (energy_xy(exact_logits(model, other, batch_size, dtype), y) - drawn).abs()
         better = other_gap < gap
         x[better], gap[better] = other[better], other_gap[better]
     return sgld(model, x, y, targets, dtype=dtype, batch_size=batch_size, generator=generator,
                 on_progress=on_progress, **walk)  # fmt: skip
 
 
-# ==================================================================================================
-# 10. Metrics for generated images
-# ==================================================================================================
+# ==== 10. Metrics for generated images ============================================================
 
 # Good pictures look like real ones to a JUDGE, a network that did not make them, and are not copies
 # of training images. Each function takes tensors only: features (N, F), probabilities (N, K).
@@ -2559,18 +2493,17 @@ def judge_images(judge, x, batch_size=500, on_progress=None):
     classifier can be a judge. Args: x (N, C, H, W), uint8 or float in [0, 1]; on_progress, called
     with the number of images done.
     """
-    head = [m for m in judge.modules() if isinstance(m, nn.Linear)][-1]
+    linear = [m for m in judge.modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise BadInput("a judge needs a linear layer: its input is taken as the features")
     features, probabilities = [], []
-    hook = head.register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
-    try:
-        with attack_mode(judge):
-            for xb in x.split(batch_size):
-                xb = as_pixels(xb).contiguous(memory_format=torch.channels_last)
-                probabilities.append(judge(xb).float().softmax(1))
-                if on_progress:
-                    on_progress(batch_size * len(probabilities))
-    finally:
-        hook.remove()
+    hook = linear[-1].register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
+    with hook, attack_mode(judge):
+        for xb in x.split(batch_size):
+            xb = as_pixels(xb).contiguous(memory_format=torch.channels_last)
+            probabilities.append(judge(xb).float().softmax(1))
+            if on_progress:
+                on_progress(sum(len(p) for p in probabilities))
     return torch.cat(features), torch.cat(probabilities)
 
 
@@ -2596,11 +2529,11 @@ class Inception(nn.Module):
             reason = " ".join(str(error).split())[:120]
             raise RunError(
                 f"no Inception weights from {weights or 'the download'} ({reason}): give"
-                " torchvision's inception_v3_google-0cc3c7bd.pth with --inception-weights, or"
-                " judge by --judge classifier"
+                " inception_v3_google-0cc3c7bd.pth by --inception-weights, or --judge classifier"
             ) from error
 
     def forward(self, x):
+        """Images (N, C, H, W) in [0, 1] -> ImageNet's logits (N, 1000)."""
         x = x.expand(-1, 3, -1, -1)
         x = F.interpolate(x, (299, 299), mode="bilinear", antialias=True, align_corners=False)
         return self.net(2 * x - 1)
@@ -2615,10 +2548,8 @@ def inception_score(probabilities, splits=10):
     """
     if not 1 <= splits <= len(probabilities):
         raise BadInput(f"cannot make {splits} splits of {len(probabilities)} images")
-    scores, order = (
-        [],
-        torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0)),
-    )
+    order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))
+    scores = []
     for rows in order.tensor_split(splits):
         p = probabilities[rows.to(probabilities.device)].double()
         log_ratio = p.clamp_min(1e-30).log() - p.mean(0).clamp_min(1e-30).log()
@@ -2671,6 +2602,7 @@ def precision_recall(real, fake, k=3, batch_size=1000):
         raise BadInput(f"k {k} needs more than {k} images, not {len(real)} and {len(fake)}")
 
     def covered(points, centres):
+        """Share of the points within any ball around the centres."""
         radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values  # the 1st is itself
                            for part in centres.split(batch_size)])  # fmt: skip
         inside = [(torch.cdist(p, centres) <= radii).any(1) for p in points.split(batch_size)]

@@ -382,3 +382,18 @@ def test_bad_models_images_and_names_are_refused(tiny_net):
     ):
         with pytest.raises(BadInput, match=words):
             robust_accuracy(model, images, labels, 0.1, **{"suite": "quick"} | more)
+
+
+def test_settings_that_no_attack_has_are_refused(tiny_net):
+    x, y = batch()
+    with pytest.raises(BadInput, match="did you mean 'steps'"):
+        robust_accuracy(tiny_net(), x, y, 0.1, ["pgd"], stepz=3)
+
+
+def test_apgd_t_never_calls_the_model_with_an_empty_batch(tiny_net):
+    """Models that reshape by x.view(len(x), -1) cannot take one."""
+    net, sizes = tiny_net(), []
+    net.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    x, y = batch(n=4)
+    apgd_t(net, x, y, 1.0, 5)
+    assert min(sizes) > 0

@@ -125,6 +125,33 @@ def test_resume_equals_uninterrupted(data, tmp_path, extra, stop_after):
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+def test_resume_of_a_run_beyond_its_epochs_ends_at_once(data, tmp_path):
+    """Fewer epochs than are done already must not run on with a negative learning rate."""
+    config = ebm_at.recipe(**TINY)
+    list(ebm_at.train(config, data, folder=tmp_path))
+    checkpoint = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    checkpoint["training"]["finished"] = False
+    shorter = dataclasses.replace(config, epochs=2, eps_warmup=0.0)
+    assert list(ebm_at.train(shorter, data, resume=checkpoint)) == []
+
+
+def test_probe_sees_all_classes_of_sorted_data(data):
+    """Folders come class by class: a probe of the first rows would see one class only."""
+    order = data.y_val.argsort()
+    sorted_data = dataclasses.replace(data, x_val=data.x_val[order], y_val=data.y_val[order])
+    seen = {}
+    config = ebm_at.recipe(**TINY)
+    trainer = ebm_at.Trainer(config, sorted_data, ebm_at.build_model(config, data))
+    measure = ebm_at.evaluate
+    ebm_at.evaluate = lambda model, x, y, *rest: seen.update(y=y) or measure(model, x, y, *rest)
+    try:
+        trainer.probing = 0.0
+        trainer.probe("val", 20)
+    finally:
+        ebm_at.evaluate = measure
+    assert len(seen["y"]) == 20 and seen["y"].unique().numel() == 10
+
+
 def test_seed_decides_everything(data):
     runs = [rows(ebm_at.train(ebm_at.recipe(seed=s, **TINY), data)) for s in (0, 0, 1)]
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
@@ -313,6 +340,7 @@ def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(data, 
         (dict(lr=math.nan), "lr must be positive"),
         (dict(beta=-1.0), "beta must not be negative"),
         (dict(der_power=3), "der_power"),
+        (dict(epoch=5), "did you mean 'epochs'"),
         (dict(schedule="cosin"), "did you mean 'cosine'"),
         (dict(on_overfit="panic"), "unknown on_overfit"),
         (dict(method="none", der=True), "'none' makes no adversarial images"),

@@ -38,7 +38,7 @@ def table(rows, title=""):
         shown.add_column(name, justify="right")
     for row in rows:
         shown.add_row(*(text(v) for v in row.values()))
-    Console(width=110).print(shown)
+    Console(width=120, force_jupyter=False, force_terminal=False).print(shown)  # plain text
 
 
 def text(value):
@@ -82,21 +82,26 @@ def curves(runs, panels, xlabel="epoch", x="epoch"):
         ax.set(xlabel=xlabel, ylabel=label)
         ax.grid(alpha=0.3)
     axes[0][0].legend(fontsize=8)
+    if xlabel == "epoch":
+        for ax in axes[0]:
+            ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     plt.show()
 
 
 def scatter(points, xlabel, ylabel):
-    """Named points, each with its name beside it. points: {name: (x, y)}."""
+    """Named points over a logarithmic x axis, each with its name beside it. points: {name: (x, y)}."""
     plt = pyplot()
     if plt is None:
         table([{"name": n, xlabel: float(a), ylabel: float(b)} for n, (a, b) in points.items()])
         return
-    figure, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
-    for (name, (a, b)), colour in zip(points.items(), COLOURS * len(points)):
-        ax.plot(a, b, "o", color=colour)
-        ax.annotate(name, (a, b), textcoords="offset points", xytext=(6, 4), fontsize=8)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.margins(x=0.25)
+    figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for i, (name, (a, b)) in enumerate(points.items()):
+        left, low = i % 2, (-11, 5)[i // 2 % 2]  # names of neighbours must not cover each other
+        ax.plot(a, b, "o", color=COLOURS[i % len(COLOURS)])
+        ax.annotate(name, (a, b), textcoords="offset points", xytext=((6, -6)[left], low),
+                    ha=("left", "right")[left], fontsize=8)  # fmt: skip
+    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
+    ax.margins(x=0.25, y=0.12)
     ax.grid(alpha=0.3)
     plt.show()
 

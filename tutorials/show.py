@@ -96,10 +96,10 @@ def scatter(points, xlabel, ylabel):
         return
     figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
     for i, (name, (a, b)) in enumerate(points.items()):
-        left, low = i % 2, (-11, 5)[i // 2 % 2]  # names of neighbours must not cover each other
+        left, low = (i % 2, i % 4 in (1, 2))  # names of neighbours must not cover each other
         ax.plot(a, b, "o", color=COLOURS[i % len(COLOURS)])
-        ax.annotate(name, (a, b), textcoords="offset points", xytext=((6, -6)[left], low),
-                    ha=("left", "right")[left], fontsize=8)  # fmt: skip
+        ax.annotate(name, (a, b), textcoords="offset points", fontsize=8,
+                    xytext=((6, -6)[left], (5, -11)[low]), ha=("left", "right")[left])  # fmt: skip
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
     ax.margins(x=0.25, y=0.12)
     ax.grid(alpha=0.3)

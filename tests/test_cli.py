@@ -127,13 +127,6 @@ def test_npz_through_the_command_line(tmp_path, monkeypatch, capsys):
     assert (spec["num_classes"], spec["in_channels"]) == (3, 1)
 
 
-def test_the_snippet_in_the_readme_runs(capsys):
-    """And its last line prints a plain number: the delta energy of its own attack."""
-    snippet = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert re.search(r"tensor\(-?\d+\.\d+", capsys.readouterr().out.splitlines()[-1])
-
-
 def test_sparkline():
     assert cli.sparkline([0, 0.5, 1, 9], 0, 1) == "▁▅██"
 

@@ -31,9 +31,9 @@ Notation (N images, C channels, K classes)
 
 Three commands
 
-    python cli.py train                 # FGSM training: watch catastrophic overfitting strike
-    python cli.py train --der           # the same with DER: watch it stay away
-    python cli.py train --preset ro     # PGD training on few images: robust overfitting
+    python cli.py train --der           # train robustly; without --der watch it collapse
+    python cli.py attack                # how robust is it, and where do attacks move its energies?
+    python cli.py generate              # paint images with it, and measure them
 
 Paper: "Understanding Adversarial Training with Energy-based Models", Mirza et al. 2025,
 arXiv 2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under the lens of

@@ -1323,17 +1323,17 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         batch_size: on it only speed and memory depend; precision: see pick_precision.
         on_progress: called as (rows so far, attack, images done, images in all) after every batch.
         settings: steps and queries, for the attacks that have them.
-    Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, x itself where no
-        point was found; fallen (N,); rows, first that of natural images: the means of _row over the
-        n images attacked, worst (robust accuracy of ALL images so far), gradients and queries (per
-        image), seconds.
+    Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, else x; fallen
+        (N,); rows, natural images first: the means of _row over the n images attacked, worst
+        (robust accuracy of ALL images so far), gradients and queries per image, and seconds.
     Raises: BadInput. Source: Croce & Hein 2020 (worst case); Mirza et al. 2024 (energies).
     """
     check_attack(x, y, eps, norm)
     if isinstance(suite, str):
         check_choice("suite", suite, SUITES)
     names = SUITES[suite] if isinstance(suite, str) else suite
-    [check_choice("attack", name, ATTACKS) for name in names]
+    for name in names:
+        check_choice("attack", name, ATTACKS)
     dtype, began = pick_precision(precision, x.device), time.perf_counter()
     clean = check_model(model, x, y)
     fallen, worst = clean.argmax(1) != y, x.clone()
@@ -1349,21 +1349,19 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         chosen = (~fallen if suite == "standard" else torch.ones_like(fallen)).nonzero()[:, 0]
         if not len(chosen):
             break
-        done, found = 0, []
+        found, search = [], torch.float32 if ATTACKS[name].exact else dtype
         for part in chosen.split(batch_size):
-            search = torch.float32 if ATTACKS[name].exact else dtype
             with model.register_forward_pre_hook(count), autocast(x.device, search):
                 found.append(run_attack(name, model, x[part], y[part], eps, norm, seed, **settings))
-            done += len(part)
             if on_progress:
-                on_progress(rows, name, done, len(chosen))
+                on_progress(rows, name, sum(map(len, found)), len(chosen))
         x_adv, x_part, y_part = torch.cat(found), x[chosen], y[chosen]
         logits = exact_logits(model, x_adv)
-        row = {k: v / len(chosen) for k, v in counts.items()}
-        row["seconds"] = time.perf_counter() - began
-        row = _row(name, clean[chosen], logits, x_part, x_adv, y_part, **row)
-        fell = (logits.argmax(1) != y_part) & ~fallen[chosen]
-        fell &= _inside(x_adv, x_part, eps, norm)
+        spent = {k: v / len(chosen) for k, v in counts.items()}
+        spent["seconds"] = time.perf_counter() - began
+        row = _row(name, clean[chosen], logits, x_part, x_adv, y_part, **spent)
+        inside = _inside(x_adv, x_part, eps, norm)
+        fell = (logits.argmax(1) != y_part) & ~fallen[chosen] & inside
         worst[chosen[fell]] = x_adv[fell]
         fallen[chosen[fell]] = True
         rows.append(row | {"worst": (~fallen).float().mean().item()})

@@ -265,7 +265,7 @@ SHAPES = {
 }
 
 
-SHAPES_TRAIN = 5500  # of which 10% become validation
+SHAPES_TRAIN = 5500  # of which val_fraction, 10%, become validation
 
 
 def make_shapes(n, seed):
@@ -1021,8 +1021,9 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, st
     now = {  # all that the search knows, one row per image that still stands
         "rows": torch.arange(len(x), device=x.device), "x": x, "y": y, "at": start, "before": start,
         "best": start, "best_gradient": start, "best_value": least, "value": least,
-        "value_at_check": least, "rises": y * 0 - 1, "halved": y == y,
-        "step": x.new_full((len(x), 1, 1, 1), 2 * eps),
+        "value_at_check": least, "step": x.new_full((len(x), 1, 1, 1), 2 * eps),
+        "rises": torch.full_like(y, -1),  # the first value exceeds -inf, which is no rise
+        "halved": torch.ones_like(y, dtype=torch.bool),  # so nothing is "stuck" at checkpoint one
     }  # fmt: skip
     found, checkpoints, last_check = start.clone(), _checkpoints(steps), 0
     with attack_mode(model):
@@ -1044,7 +1045,7 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, st
             if k in checkpoints:
                 _halve_steps(now, 0.75 * (k - last_check))
                 last_check = k
-            at, ball, a = now["at"], (now["x"], eps, norm), 0.75 if k else 1.0  # no momentum yet
+            at, ball, a = now["at"], (now["x"], eps, norm), 0.75 if k else 1.0  # k = 0: no momentum
             z = project(ascend(at, now["gradient"], now["step"], norm), *ball)
             now["at"] = project(at + a * (z - at) + (1 - a) * (at - now["before"]), *ball)
             now["before"] = at
@@ -1126,6 +1127,7 @@ def _first_pattern(x, eps, norm, generator):
 
 def _window_side(done, norm, h, w):
     """Side of square's window, in pixels, when a share `done` of the queries is spent."""
+    # The authors' schedule: the shares of the budget at which the window's area is halved.
     halvings = sum(done > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))
     side = max(round(math.sqrt(0.8 / 2**halvings * h * w)), 1)
     return min(max(side, 3) | 1 if norm == "l2" else side, h, w)
@@ -1721,7 +1723,7 @@ def recipe(dataset="shapes", method="fgsm", **given):
         if METHODS[method].multi_step or method == "none":
             config.epochs, config.lr, config.schedule = 200, 0.1, "piecewise"
         if given.get("grad_align"):
-            config.lr = 0.3
+            config.lr = 0.3  # its authors' choice, as 2.0 for the weight at 16/255 is
         if method == "mart":
             config.lr, config.weight_decay = 0.01, 3.5e-3
     if method == "mart":
@@ -2033,7 +2035,7 @@ class Trainer:
             done = i + 1  # CO strikes within an epoch
             if done % config.probe_every == 0 and done < self.steps:
                 self.check_losses(losses)
-                found = self.probe("val", min(200, config.probe_size))
+                found = self.probe("val", min(200, config.probe_size))  # few: it must stay cheap
                 yield from self.react(found, f"epoch {self.epoch + 1}, step {i + 1}")
                 if self.finished:
                     return
@@ -2193,6 +2195,8 @@ def principal_components(flat, components):
     Source: Halko, Martinsson & Tropp 2011, algorithm 4.4.
     """
     n, d = flat.shape
+    # Few directions of a large matrix: 10 more than wanted, and 6 rounds, make the leading ones as
+    # good as exact for images (tests/test_generate.py compares them).
     if components >= 1 and 20 * components < min(n, d):
         q = torch.randn(d, components + 10, generator=torch.Generator().manual_seed(0))
         q = q.to(flat)

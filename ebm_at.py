@@ -1435,7 +1435,7 @@ def der(logits, logits_adv, power=1):
     Why it helps. A model under catastrophic overfitting carves narrow energy wells around the one
     point where single-step training looks; a few PGD steps fall into them, and dE shoots up. |dE|
     is large exactly there. Why |dE| and not dE^2: the square hardly pushes while dE is small, and
-    by the time it is large the collapse has happened (measured: README, "DER").
+    by the time it is large the collapse has happened. Try it: --der-power 2.
 
     Args: logits, logits_adv (N, K); power 1 or 2.
     Source: our reading of Mirza et al. 2025 (see the top of this file).
@@ -1795,7 +1795,7 @@ def eps_at(config, epochs_done):
     """Radius of the training attack after a (fractional) number of epochs: the linear warm-up.
 
     Why: in the first steps the landscape is rough and the full eps carries single-step training
-    straight into collapse, with DER too; grown into, it does not (README, "DER").
+    straight into collapse, with DER too; grown into, it usually does not.
     """
     warmth = min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0
     return config.eps * warmth

@@ -873,7 +873,7 @@ def ascend(x_adv, gradient, step, norm="linf"):
 def project(x_adv, x, eps, norm="linf"):
     """The nearest point to x_adv within eps of x, then within [0, 1]."""
     if norm == "linf":
-        x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps)
+        x_adv = x_adv.clamp(x - eps, x + eps)
     else:
         delta = x_adv - x
         x_adv = x + delta * (eps / per_image_norm(delta)).clamp(max=1)
@@ -1081,21 +1081,30 @@ def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=Non
     """
     if validate:
         check_attack(x, y, eps, norm)
-    x_adv = x.detach().clone()
-    logits = exact_logits(model, x)
+    x_adv, logits = x.detach().clone(), exact_logits(model, x)
     ranking = logits.scatter(1, y[:, None], -math.inf).topk(min(targets, logits.shape[1] - 1), 1)
-    best = torch.full_like(logits[:, 0], -math.inf)
-    standing = torch.arange(len(x), device=x.device)
+    best = torch.full_like(logits[:, 0], -math.inf)  # margin of x_adv, (N,); above 0 it has fallen
+    options = dict(norm=norm, loss="dlr", generator=generator, validate=False)
+
+    def attempt(rows, target):
+        """Attacks the images `rows` towards `target` and keeps what is better than so far."""
+        if len(rows):
+            found = apgd(model, x[rows], y[rows], eps, steps, target=target, **options)
+            margin = attack_loss(exact_logits(model, found), y[rows], "margin")
+            better = margin > best[rows]
+            x_adv[rows[better]], best[rows[better]] = found[better], margin[better]
+
     for t in ranking.indices.T:  # (N,): every image's next likeliest class
-        if not len(standing):
-            break
-        options = dict(norm=norm, loss="dlr", target=t[standing], generator=generator)
-        options["validate"] = False
-        found = apgd(model, x[standing], y[standing], eps, steps, **options)
-        margin = attack_loss(exact_logits(model, found), y[standing], "margin")
-        better = margin > best[standing]
-        x_adv[standing[better]], best[standing[better]] = found[better], margin[better]
-        standing = standing[best[standing] <= 0]
+        standing = (best <= 0).nonzero()[:, 0]
+        attempt(standing, t[standing])
+    if torch.is_autocast_enabled(x.device.type):
+        # Rounding hides the last hair's breadth: a search in bf16 left 3 images of 1,000 more than
+        # one in fp32. So what nearly fell gets one more try in fp32, towards its strongest rival.
+        logits = exact_logits(model, x_adv)
+        rival = logits.scatter(1, y[:, None], -math.inf).argmax(1)
+        near = (best <= 0) & (attack_loss(logits, y, "dlr") > -0.1)
+        with autocast(x.device, torch.float32):
+            attempt(near.nonzero()[:, 0], rival[near])
     return x_adv
 
 

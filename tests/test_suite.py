@@ -397,3 +397,21 @@ def test_apgd_t_never_calls_the_model_with_an_empty_batch(tiny_net):
     x, y = batch(n=4)
     apgd_t(net, x, y, 1.0, 5)
     assert min(sizes) > 0
+
+
+def test_apgd_t_tries_near_misses_again_in_full_precision():
+    """Two logits of about 100 differ by less than bf16 can tell: a search in bf16 is blind."""
+    net = linear_model(0).float()
+    x, y = batch(0, 9, size=4, classes=2)
+    x, y = 0.3 + 0.4 * x, 0 * y
+    with torch.no_grad():
+        net[1].weight.mul_(0.005)  # margins within the .1 of a near miss
+        net[1].bias.copy_(torch.zeros(2))
+        gap = worst_case(net, x, y, 0.2, "linf")[1]
+        net[1].bias.copy_(100 + gap.median() * torch.tensor([1.0, 0.0]))  # half of them can fall
+    falls = gap > gap.median() + 1e-4
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        blind = apgd(net, x, y, 0.2, 20, generator=seeded(0))
+        found = apgd_t(net, x, y, 0.2, 20, generator=seeded(0))
+    assert falls.any() and (exact_logits(net, blind).argmax(1) == y)[falls].all()
+    assert not (exact_logits(net, found).argmax(1) == y)[falls].any()

@@ -822,12 +822,12 @@ def draw_energies(folder, rows):
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     options = dict(bins=40, range=energy_range(rows), density=True)
-    for row in rows:
-        natural = row["attack"] == "natural"
-        more = dict(color="0.8") if natural else dict(histtype="step")
+    for i, row in enumerate(rows):
+        more = dict(histtype="step", linestyle="-" if i <= 10 else "--")  # there are ten colours
+        more = dict(color="0.8") if row["attack"] == "natural" else more
         axes.hist(row["energies"].numpy(), label=row["attack"], **options, **more)
-    axes.set(xlabel="E(x), nats", ylabel="density")
-    axes.legend(fontsize=7)
+    axes.set(xlabel="E(x), nats (left: likely to the model)", ylabel="density")
+    figure.legend(fontsize=7, loc="outside right upper")
     figure.savefig(folder / "energies.png", dpi=120)
     pyplot.close(figure)
 

@@ -865,19 +865,18 @@ def random_noise(x, eps, norm="linf", generator=None):
 
 def ascend(x_adv, gradient, step, norm="linf"):
     """The steepest step of length `step`: along the sign for l_inf, along the gradient for l_2."""
-    if norm == "linf":
-        return x_adv + step * gradient.sign()
-    return x_adv + step * gradient / per_image_norm(gradient)
+    direction = gradient.sign() if norm == "linf" else gradient / per_image_norm(gradient)
+    return direction.mul_(step).add_(x_adv)  # in place: fresh memory costs more than arithmetic
 
 
 def project(x_adv, x, eps, norm="linf"):
     """The nearest point to x_adv within eps of x, then within [0, 1]."""
+    delta = x_adv - x
     if norm == "linf":
-        x_adv = x_adv.clamp(x - eps, x + eps)
+        delta.clamp_(-eps, eps)
     else:
-        delta = x_adv - x
-        x_adv = x + delta * (eps / per_image_norm(delta)).clamp(max=1)
-    return x_adv.clamp(0, 1)
+        delta.mul_((eps / per_image_norm(delta)).clamp(max=1))
+    return delta.add_(x).clamp_(0, 1)
 
 
 def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None, step=None,
@@ -1047,7 +1046,8 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, st
                 last_check = k
             at, ball, a = now["at"], (now["x"], eps, norm), 0.75 if k else 1.0  # k = 0: no momentum
             z = project(ascend(at, now["gradient"], now["step"], norm), *ball)
-            now["at"] = project(at + a * (z - at) + (1 - a) * (at - now["before"]), *ball)
+            momentum = (at - now["before"]).mul_(1 - a)
+            now["at"] = project(momentum.add_(z, alpha=a).add_(at, alpha=1 - a), *ball)
             now["before"] = at
     found[now["rows"]] = now["best"]
     return found

@@ -10,11 +10,11 @@ difference of the two,
 so an attack that raises the loss must raise E(x, y), lower E(x), or both. Adversarial training
 minimises the loss at x*, the worst point an attack finds within eps of x. FGSM finds it in ONE
 gradient step (single-step, cheap), PGD in several (multi-step, stronger). How much the attack moves
-E(x) is the DELTA ENERGY, dE(x) = E(x) - E(x*). In healthy adversarial training it stays within
-about one nat of zero. When single-step training collapses against PGD (catastrophic overfitting,
-CO), |dE| jumps to several nats; when multi-step training overfits (robust overfitting, RO), dE
-creeps up. The Delta Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both
-back.
+E(x) is the DELTA ENERGY, dE(x) = E(x) - E(x*), in nats (natural-log units). While adversarial
+training goes well it changes little: on our teaching set it stays within about one nat of zero.
+When single-step training collapses against PGD (catastrophic overfitting, CO), |dE| jumps to
+several times what it was; when multi-step training overfits (robust overfitting, RO), dE creeps up.
+The Delta Energy Regularizer (DER) adds beta * mean|dE| to the loss and so holds both back.
 
 Notation (N images, C channels, K classes)
 
@@ -757,7 +757,7 @@ def attack_loss(logits, y, loss="ce", reference=None, target=None):
             Fewer than 3 (4) classes have no such denominator: the numerator alone is climbed.
     energy: -E(x), so that climbing it makes the image likelier to the model, whatever its label.
     energy-up: (E8) margin until the image is misclassified, E(x) from there on: adversarial AND
-            unlikely. The 1000 ranks all fooling points above all others; it has no gradient.
+            unlikely. A constant, 1000, ranks all fooling points above all others.
     """
     check_choice("attack loss", loss, ATTACK_LOSSES)
     logits = logits.float()
@@ -834,6 +834,8 @@ def value_and_gradient(model, x, y, loss="ce", reference=None, target=None):
         x = x.detach().requires_grad_(True)
         logits = model(x)
         value = attack_loss(logits, y, loss, reference, target)
+        if not value.requires_grad:
+            raise BadInput("no gradient reaches the images: does the model run under no_grad?")
         (gradient,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), gradient, logits.detach()
 
@@ -888,8 +890,7 @@ def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None
         x, y: images float (N, C, H, W) in [0, 1]; labels int64 (N,).
         eps: radius of the ball, in pixel units; 0 returns x.
         norm, loss, targeted: "linf" or "l2"; one of ATTACK_LOSSES; y is the label to reach.
-        start: where the gradient is taken, if not at x. The kl loss needs one: at x its gradient
-        is 0.
+        start: where the gradient is taken, if not at x. The kl loss, 0 and flat at x, needs one.
         step: length of the step, default eps.
         inside_ball: False leaves x* outside the ball where start + step led there.
         batchnorm: "eval", or "train" for the batch's own statistics (see attack_mode).
@@ -911,7 +912,7 @@ def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None
 def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
     """(E10) FGSM from x + U(-eps, eps), with one step of 1.25 eps, back into the ball.
 
-    Arguments as for fgsm; `generator` draws the start. Source: Wong et al. 2020.
+    Arguments as for fgsm, but for `step`; `generator` draws the start. Source: Wong et al. 2020.
     """
     if start is None:
         start = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
@@ -921,11 +922,12 @@ def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **opti
 def n_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
     """(E11) Noisy FGSM: x0 = x + U(-2 eps, 2 eps), one step of eps, and NO clipping to the ball.
 
-    So x* may lie up to 3 eps away from x: it is meant for training, not for judging. Arguments as
-    for fgsm; `generator` draws the start. Source: de Jorge et al. 2022, algorithm 1.
+    So x* may lie up to 3 eps away from x, but always in [0, 1]: it is meant for training, not for
+    judging. Arguments as for fgsm, but for `inside_ball`; `generator` draws the start.
+    Source: de Jorge et al. 2022, algorithm 1.
     """
     if start is None:
-        start = x + random_noise(x, 2 * eps, norm, generator)
+        start = (x + random_noise(x, 2 * eps, norm, generator)).clamp(0, 1)
     return fgsm(model, x, y, eps, norm=norm, start=start, inside_ball=False, **options)
 
 
@@ -1046,6 +1048,7 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, st
                 last_check = k
             at, ball, a = now["at"], (now["x"], eps, norm), 0.75 if k else 1.0  # k = 0: no momentum
             z = project(ascend(at, now["gradient"], now["step"], norm), *ball)
+            # (E13): x* + a (z - x*) + (1 - a) (x* - the x* before), computed in place
             momentum = (at - now["before"]).mul_(1 - a)
             now["at"] = project(momentum.add_(z, alpha=a).add_(at, alpha=1 - a), *ball)
             now["before"] = at
@@ -1259,8 +1262,8 @@ def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
     options = attack.settings | {a: v for a, v in settings.items() if a in attack.settings}
     generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{name} {seed}".encode()))
     if attack.start:
-        start = x + random_noise(x[:1], attack.start * eps, norm, generator)
-        options["start"] = start.clamp(0, 1) if attack.start == 1 else start
+        noise = random_noise(x[:1], attack.start * eps, norm, generator)
+        options["start"] = (x + noise).clamp(0, 1)
     elif attack.function is not fgsm:
         options["generator"] = generator
     if attack.target:
@@ -1283,7 +1286,9 @@ def check_model(model, x, y):
         raise BadInput("no images to attack")
     try:
         logits = exact_logits(model, x)
-    except (RuntimeError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a stranger's model raises
         images = f"images of shape {tuple(x.shape[1:])}"
         raise BadInput(f"the model does not take {images}: {error}") from error
     if logits.ndim != 2 or (k := logits.shape[1]) < 2:
@@ -1345,6 +1350,9 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
     names = SUITES[suite] if isinstance(suite, str) else suite
     for name in names:
         check_choice("attack", name, ATTACKS)
+    for name, value in (settings | {"batch_size": batch_size}).items():
+        if value < 1:
+            raise BadInput(f"{name} must be at least 1, not {value}")
     dtype, began = pick_precision(precision, x.device), time.perf_counter()
     clean = check_model(model, x, y)
     fallen, worst = clean.argmax(1) != y, x.clone()
@@ -1381,22 +1389,20 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
 
 
 @torch.no_grad()
-def masking_signs(model, x, y, eps, norm="linf", rows=()):
+def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
     """Reasons to distrust a robust accuracy: a list of sentences, empty if nothing was noticed.
 
-    Gradients that lead nowhere make a model LOOK robust. Tried on 200 of the images: are there
+    Gradients that lead nowhere make a model LOOK robust. Tried on `most` of the images: are there
     logits at all, are gradients zero, does one step beat many, does a ball that can erase every
     image leave some standing; and in the `rows` of robust_accuracy: did Square, which uses no
     gradient, break what gradient attacks could not?
 
     Arguments as for robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
     """
-    rows_tried = evenly(200, len(x)).to(x.device)
+    rows_tried = evenly(most, len(x)).to(x.device)
     x, y = x[rows_tried], y[rows_tried]
-    logits, everything = (
-        exact_logits(model, x),
-        0.5 * (1 if norm == "linf" else x[0].numel() ** 0.5),
-    )
+    logits = exact_logits(model, x)
+    grey_eps = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5  # reaches grey from anywhere
     probabilities = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()
     with attack_mode(model):
         zero = (input_gradient(model, x, y).flatten(1) == 0).all(1).float().mean().item()
@@ -1406,30 +1412,30 @@ def masking_signs(model, x, y, eps, norm="linf", rows=()):
         x_adv = run_attack(name, model, x, y, size, norm, steps=10)
         return (exact_logits(model, x_adv).argmax(1) == y).float().mean().item()
 
-    one, many, all_of_it = left("fgsm", eps), left("pgd", eps), left("pgd", everything)
+    one, many, grey = left("fgsm", eps), left("pgd", eps), left("pgd", grey_eps)
     drops = [0.0]  # what Square breaks after an attack by many gradients
     for i, row in enumerate(rows):
         if row["attack"] == "square" and any(r["gradients"] > 1 for r in rows[:i]):
             drops.append(rows[i - 1]["worst"] - row["worst"])
     alarm = OverfittingMonitor()  # section 7: the same thresholds
-    found = {
-        "The model gives probabilities, not logits (a softmax at its end?): gradients shrink and"
-        " energies mean nothing; attack it without the softmax.": probabilities,
-        "The model gives log-probabilities: E(x) is 0 for every image; energies need the logits"
-        " before log_softmax.": energy_x(logits).abs().max() < 1e-3,
-        f"The gradient of the loss is exactly zero for {zero:.0%} of the images: gradient attacks"
-        " cannot see where to go.": zero > 0.1,
-        f"One step (FGSM, {one:.1%} left) hurts more than ten (PGD-10, {many:.1%}): the gradient"
-        " misleads; trust the worst case at most.": one < many - 0.02,
-        f"FGSM leaves {one:.1%} right but PGD-10 only {many:.1%}: catastrophic overfitting;"
-        " accuracy under FGSM says nothing here.":
-            one - many >= alarm.co_gap and many <= alarm.co_ratio * one,
-        f"PGD with eps {everything:.3g}, enough to turn every image grey, leaves {all_of_it:.1%}"
-        " right: the attack does not work on this model.": all_of_it > 0.1,
-        f"Square, which uses no gradient, broke {max(drops):.1%} of the images, all of which the"
-        " attacks before it had left standing: gradients may be masked.": max(drops) > 0.01,
-    }  # fmt: skip
-    return [sentence for sentence, noticed in found.items() if noticed]
+    signs = [  # (noticed?, what to say)
+        (probabilities, "The model gives probabilities, not logits (a softmax at its end?):"
+         " gradients shrink and energies mean nothing; attack it without the softmax."),
+        (energy_x(logits).abs().max() < 1e-3, "The model gives log-probabilities: E(x) is 0 for"
+         " every image; energies need the logits before log_softmax."),
+        (zero > 0.1, f"The gradient of the loss is exactly zero for {zero:.0%} of the images:"
+         " gradient attacks cannot see where to go."),
+        (one < many - 0.02, f"One step (FGSM, {one:.1%} left) hurts more than ten (PGD-10,"
+         f" {many:.1%}): the gradient misleads; trust the worst case at most."),
+        (one - many >= alarm.co_gap and many <= alarm.co_ratio * one, f"FGSM leaves {one:.1%} right"
+         f" but PGD-10 only {many:.1%}: catastrophic overfitting; accuracy under FGSM says nothing"
+         " here."),
+        (grey > 0.1, f"PGD with eps {grey_eps:.3g}, enough to turn every image grey, leaves"
+         f" {grey:.1%} right: the attack does not work on this model."),
+        (max(drops) > 0.01, f"Square, which uses no gradient, broke {max(drops):.1%} of the images,"
+         " all of which the attacks before it had left standing: gradients may be masked."),
+    ]  # fmt: skip
+    return [sentence for noticed, sentence in signs if noticed]
 
 
 # ==== 6. What training minimises: the losses, DER, and the baselines it is compared with ==========
@@ -1442,9 +1448,9 @@ def der(logits, logits_adv, power=1):
     landscape is flattened between x and x*, it is not only x* that is pulled towards x.
 
     Why it helps. A model under catastrophic overfitting carves narrow energy wells around the one
-    point where single-step training looks; a few PGD steps fall into them, and dE shoots up. |dE|
-    is large exactly there. Why |dE| and not dE^2: the square hardly pushes while dE is small, and
-    by the time it is large the collapse has happened. Try it: --der-power 2.
+    point where single-step training looks; a few PGD steps fall into them (or end on the peaks
+    between), and |dE| shoots up. Why |dE| and not dE^2: the square hardly pushes while dE is small,
+    and by the time it is large the collapse has happened. Try it: --der-power 2.
 
     Args: logits, logits_adv (N, K); power 1 or 2.
     Source: our reading of Mirza et al. 2025 (see the top of this file).
@@ -1509,7 +1515,7 @@ def weat_adv_loss(logits, logits_adv, y, beta=6.0):
 class Method:
     """A way of training: where the attack starts, what it climbs, and the loss."""
 
-    start: str  # none: no attack; zero: at x; ball: U(-eps, eps); wide: U(-2 eps, 2 eps); gauss
+    start: str  # none: no attack; zero: x; ball, wide: x + U(-r, r), r = eps, 2 eps; gauss: nudged
     loss: object  # (logits, logits_adv, y, beta) -> scalar
     climbs: str = "ce"  # the attack's loss
     multi_step: bool = False
@@ -1541,7 +1547,7 @@ def attack_start(x, method, eps, norm, generator=None):
     if start == "gauss":
         return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
     noise = random_noise(x, 2 * eps if start == "wide" else eps, norm, generator)
-    return x + noise if start == "wide" else (x + noise).clamp(0, 1)
+    return (x + noise).clamp(0, 1)
 
 
 def training_attack(model, x, y, start, eps, config):
@@ -1560,7 +1566,7 @@ def grad_align(model, x, y, noise):
     """(E24) GradAlign: 1 - mean cos(grad_x CE(x), grad_x CE(x + noise)), noise ~ U(-eps, eps).
 
     A baseline: catastrophic overfitting shows as a gradient that turns within the ball, so its
-    turning is penalised. Needs second derivatives, hence its price (about three times FGSM).
+    turning is penalised. Needs second derivatives, hence its price: several times FGSM.
     Source: Andriushchenko & Flammarion 2020, equation 5.
     """
     gradients = []
@@ -1602,8 +1608,9 @@ def adversarial_weights(model, objective, gamma):
 def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch_size=500):
     """Accuracies and energies of a model on images, clean and under FGSM and PGD.
 
-    Args: x uint8 (N, C, H, W) and y int64 (N,), on the model's device; eps, steps and norm of the
-        attacks (PGD: one random start, step eps / 4, the same noise at every call).
+    Args: x (N, C, H, W), uint8 or float in [0, 1], and y int64 (N,), on the model's device; eps,
+        steps and norm of the attacks (PGD: one random start, step eps / 4, the same noise at every
+        call).
     Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc in [0, 1]; energy,
         E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd, |dE(x)|;
         delta_energy_xy_pgd, dE(x, y); and n, how many images. Energies are in nats.
@@ -1611,8 +1618,8 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
     generator = torch.Generator(x.device).manual_seed(0)
     logits = {"clean": [], "fgsm": [], "pgd": []}
     with attack_mode(model), autocast(x.device, dtype):
-        for x8, yb in zip(x.split(batch_size), y.split(batch_size)):
-            xb = x8.float() / 255
+        for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
+            xb = as_pixels(xb)
             logits["clean"].append(model(xb))
             options = dict(norm=norm, validate=False)
             logits["fgsm"].append(model(fgsm(model, xb, yb, eps, **options)))
@@ -1632,8 +1639,8 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
 class OverfittingMonitor:
     """Says in words whether training is healthy, from measurements on the VALIDATION split.
 
-    Catastrophic overfitting (CO): PGD accuracy collapses while single-step accuracy holds. dE
-    under PGD usually shoots up with it and is quoted; it is not required, because DER holds dE
+    Catastrophic overfitting (CO): PGD accuracy collapses while single-step accuracy holds. |dE|
+    under PGD usually shoots up with it; dE is quoted, but not required, because DER holds it
     down even in a run that collapses. Robust overfitting (RO): PGD accuracy decays from its best
     while accuracy on the attacked training images keeps rising.
     """
@@ -1714,8 +1721,10 @@ def recipe(dataset="shapes", method="fgsm", **given):
     """The Config that suits a data set and a method; `given` settings override it.
 
     shapes keeps Config's defaults, the demonstration. Elsewhere: single-step methods follow Wong
-    et al. 2020 (30 epochs, triangular to .2), multi-step ones Rice et al. 2020 (200 epochs, .1
-    piecewise), MART its authors' learning rate and decay, GradAlign lr .3; eps is 8/255.
+    et al. 2020 (30 epochs, triangular to .2, here with the peak at 40%) and, on SVHN, de Jorge et
+    al. 2022 (lr .05, eps growing for 5 epochs); multi-step ones and none Rice et al. 2020 (200
+    epochs, .1 piecewise), MART its authors' learning rate and decay, GradAlign lr .3; eps is
+    8/255, in l_2 128/255 everywhere.
     Raises: BadInput.
     """
     check_choice("method", method, METHODS)
@@ -1731,12 +1740,16 @@ def recipe(dataset="shapes", method="fgsm", **given):
             config.attack_bn = "train"
         if METHODS[method].multi_step or method == "none":
             config.epochs, config.lr, config.schedule = 200, 0.1, "piecewise"
+        elif dataset == "svhn":
+            config.lr, config.eps_warmup = 0.05, 5.0
         if given.get("grad_align"):
             config.lr = 0.3  # its authors' choice, as 2.0 for the weight at 16/255 is
         if method == "mart":
             config.lr, config.weight_decay = 0.01, 3.5e-3
     if method == "mart":
         config.method_beta = 5.0
+    if given.get("norm") == "l2":
+        config.eps = 128 / 255  # 20/255 and 8/255 would be next to nothing
     config = dataclasses.replace(config, **given)
     if "eps_warmup" not in given:
         config.eps_warmup = min(config.eps_warmup, config.epochs / 4)
@@ -1872,7 +1885,10 @@ def load_model(path, device="cpu"):
         model = make_model(**checkpoint["spec"])
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, AttributeError, RuntimeError, BadInput) as error:
-        raise RunError(f"'{path}' lacks a model, or its weights do not fit its spec") from error
+        raise RunError(
+            f"'{path}' lacks a model of make_model, or its weights do not fit its spec;"
+            " load weights of a network of your own from its ['model']"
+        ) from error
     return model.to(device).eval(), checkpoint
 
 
@@ -1921,6 +1937,9 @@ class Trainer:
                 self.restore(resume["training"])
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 raise RunError("the checkpoint does not fit this run: not resumed") from error
+            if self.finished and self.epoch < config.epochs:
+                ended = f"that run ended at epoch {self.epoch}"
+                raise BadInput(f"{ended}: start a new one to train longer")
 
     def snapshot(self):
         """A copy of all tensors that training changes."""
@@ -1985,7 +2004,7 @@ class Trainer:
         config, model = self.config, self.net
         epochs_done = at * config.epochs
         eps = eps_at(config, epochs_done)
-        x = augment(self.data.x_train[rows], config.augment, generator).float() / 255
+        x = as_pixels(augment(self.data.x_train[rows], config.augment, generator))
         start = share(attack_start(x, config.method, eps, config.norm, generator))
         noise = share(random_noise(x, eps, config.norm, generator)) if config.grad_align else None
         x, y = share(x), share(self.data.y_train[rows])
@@ -2011,15 +2030,20 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = lr_at(config, progress)
         self.optimizer.step()
         if self.ema:
-            self.average_weights()
+            self.average_weights(round(epochs_done * self.steps) + 1)
         return loss.detach(), (logits_adv.argmax(1) == y).sum()
 
     @torch.no_grad()
-    def average_weights(self):
-        """Exponential moving average of weights and BatchNorm statistics: e <- d e + (1 - d) w."""
+    def average_weights(self, steps):
+        """Exponential moving average of weights and BatchNorm statistics: e <- d e + (1 - d) w.
+
+        It looks back over about 1 / (1 - d) steps. Early on d is lower, so that this is a third of
+        the `steps` done: the untrained weights it began with are forgotten within an epoch or two.
+        """
+        decay = min(self.config.ema, steps / (steps + 3))
         for kept, now in zip(self.ema.state_dict().values(), self.model.state_dict().values()):
             floats = kept.is_floating_point()  # all but BatchNorm's count of batches
-            kept.copy_(kept.lerp(now, 1 - self.config.ema) if floats else now)
+            kept.copy_(kept.lerp(now, 1 - decay) if floats else now)
 
     def run_epoch(self, on_progress=None):
         """Trains for one epoch and measures; yields a record per alarm and then the epoch's row.
@@ -2037,8 +2061,9 @@ class Trainer:
         for i in range(self.steps):
             rows = order[i * config.batch_size : (i + 1) * config.batch_size]
             at = (self.epoch + i / self.steps) / config.epochs
-            for kept, value in zip((losses, correct), self.step(rows, generator, at)):
-                kept.append(value)
+            loss, hits = self.step(rows, generator, at)
+            losses.append(loss)
+            correct.append(hits)
             if on_progress:
                 on_progress(self.epoch, i + 1, self.steps)
             done = i + 1  # CO strikes within an epoch
@@ -2101,8 +2126,10 @@ class Trainer:
         """
         if self.config.method == "none":  # no robustness to lose
             return
+        if self.epoch < self.config.eps_warmup:  # measured at an eps that it has not met yet
+            return
         single = 0.0 if METHODS[self.config.method].multi_step else train_adv_acc or 0.0
-        if self.epoch < self.config.eps_warmup + 1:  # it was measured at a smaller eps
+        if self.epoch < self.config.eps_warmup + 1:  # that accuracy was measured at a smaller eps
             single = 0.0
         reason, verdict = self.monitor.catastrophic(found, when, single), "CO"
         if not reason and train_adv_acc is not None:
@@ -2111,11 +2138,10 @@ class Trainer:
         if not reason:
             return
         self.reason = reason
-        told = [(alarm["verdict"], alarm["der"]) for alarm in self.alarms]
-        if (self.verdict_now, self.config.der) in told:
-            return
-        action, der = self.config.on_overfit, self.config.der
-        if action == "der" and self.config.der:
+        action, had_der = self.config.on_overfit, self.config.der
+        if (verdict, had_der) in [(alarm["verdict"], alarm["der"]) for alarm in self.alarms]:
+            return  # each kind of alarm rings once without DER, once with it
+        if action == "der" and had_der:
             action = "rollback"  # DER is on already and did not hold: keep the best there was
         if action in ("rollback", "der"):
             self.load_snapshot(self.best)
@@ -2126,7 +2152,7 @@ class Trainer:
             self.monitor = OverfittingMonitor()
         self.finished = action in ("stop", "rollback")
         self.alarms.append({"kind": "alarm", "verdict": verdict, "epoch": self.epoch, "when": when,
-                            "reason": reason, "action": action, "der": der,
+                            "reason": reason, "action": action, "der": had_der,
                             "back_to_epoch": self.best["epoch"]})  # fmt: skip
         yield self.alarms[-1]
 
@@ -2141,6 +2167,7 @@ class Trainer:
                 yield record
         self.save(folder)  # a stop within an epoch ends without an epoch's record
         self.model.load_state_dict(self.judged.state_dict())
+        self.model.eval()  # so that whoever uses it next neither sees nor moves batch statistics
 
     def verdict(self):
         """What to say of the whole run: ("healthy", "CO" or "RO", and a sentence why)."""
@@ -2155,10 +2182,12 @@ class Trainer:
             return last["verdict"], self.reason
         rescues = [f"{a['reason']}. DER was switched on. " for a in self.alarms if not a["der"]]
         rescue = rescues[0] if self.config.der and rescues else ""
+        guessing = self.best["accuracy"] <= 1 / len(self.data.classes)
         return "healthy", (
             f"{rescue}Healthy: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
             f" (best {self.best['accuracy']:.1%}), FGSM accuracy {last['val_fgsm_acc']:.1%},"
             f" delta energy under PGD {last['val_delta_energy']:+.2f}"
+            f"{'; but no better than guessing: train longer' * guessing}"
         )
 
 
@@ -2167,8 +2196,10 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
 
     Args:
         config: Config, best made by `recipe`.
-        data: Data (see load_data).
-        model: trained in place; default build_model(config, data). It ends with the last weights.
+        data: Data (see load_data, which is where dataset, data_dir, limit and val_fraction of a
+            Config go: here they are only recorded).
+        model: trained in place; default build_model(config, data). It ends in eval mode with the
+            last weights (with config.ema, the averaged ones).
         folder: an existing one for last.pt and best.pt, written after every epoch; None: no file.
         resume: what load_checkpoint read from a last.pt; goes on where that run stopped.
         on_progress: called as (epoch, step, steps per epoch) after every step.
@@ -2215,8 +2246,9 @@ def principal_components(flat, components):
         v = v @ q.T
     else:
         values, u = torch.linalg.eigh(flat @ flat.T if n <= d else flat.T @ flat)  # ascending
-        s, v = values.flip(0).clamp_min(0).sqrt(), u.flip(1).T  # v: (n, n) or (D, D), rows
-        v = (v @ flat) / s.clamp_min(1e-12)[:, None] if n <= d else v
+        s, v = values.flip(0).clamp_min(0).sqrt(), u.flip(1).T  # of covariance: rows of v (D, D)
+        if n <= d:  # of the Gram matrix: those rows are u^T (n, n)
+            v = (v @ flat) / s.clamp_min(1e-12)[:, None]
     if components < 1:
         retained = (s**2).cumsum(0) / (s**2).sum().clamp_min(1e-12)
         components = int((retained < components).sum()) + 1
@@ -2246,8 +2278,11 @@ class ClassPCA:
 
         Args: x, uint8, or float in [0, 1], (n, C, H, W); y int64 (n,); components, their number, or
             the share of the variance they retain (0 < v < 1).
-        Raises: BadInput for a class without images, or a number of components that is none.
+        Raises: BadInput for a class without images, labels of other classes, or a number of
+            components that is none.
         """
+        if len(y) and (y.min() < 0 or y.max() >= num_classes):
+            raise BadInput(f"labels from {y.min()} to {y.max()}, but {num_classes} classes to fit")
         whole = components >= 1 and components == int(components)
         if not whole and not 0 < components < 1:
             raise BadInput(f"components must be a whole number or a share below 1: {components}")
@@ -2287,7 +2322,7 @@ class ClassPCA:
 STARTS = {
     "local-pca": "a Gaussian on the neighbourhood of a real image, in PCA space",
     "gaussian": "one Gaussian per class, fitted in PCA space",
-    "pca": "class mean + .35 standard deviations along each component (the predecessor's recipe)",
+    "pca": "class mean + .35 g standard deviations along each component (the predecessor's recipe)",
     "mean": "the mean image of the class",
     "noise": "uniform noise, the same for all classes",
 }
@@ -2470,6 +2505,8 @@ def generate(model, pca, y, energies, *, init="local-pca", neighbours=10, temper
     """
     if candidates < 1:
         raise BadInput(f"candidates must be at least 1, not {candidates}")
+    if len(y) and (y.min() < 0 or y.max() >= len(energies)):
+        raise BadInput(f"classes {y.min()} to {y.max()} asked for, but there are {len(energies)}")
     generator = torch.Generator(y.device).manual_seed(seed)
     drawn = torch.empty(len(y), device=y.device)
     for k in y.unique().tolist():
@@ -2562,7 +2599,7 @@ def inception_score(probabilities, splits=10):
     order = torch.randperm(len(probabilities), generator=torch.Generator().manual_seed(0))
     scores = []
     for rows in order.tensor_split(splits):
-        p = probabilities[rows.to(probabilities.device)].double()
+        p = probabilities[rows.to(probabilities.device)].cpu().double()  # MPS has no float64
         log_ratio = p.clamp_min(1e-30).log() - p.mean(0).clamp_min(1e-30).log()
         scores.append((p * log_ratio).sum(1).mean().exp())
     scores = torch.stack(scores)
@@ -2582,8 +2619,10 @@ def frechet_distance(a, b):
     """
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise BadInput(f"need two sets (n >= 2, F), not {tuple(a.shape)} and {tuple(b.shape)}")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise BadInput("features hold NaN or infinite values")
     roots, means = [], []
-    for t in (a.double(), b.double()):
+    for t in (a.cpu().double(), b.cpu().double()):  # MPS has no float64
         means.append(t.mean(0))
         root = (t - means[-1]) / math.sqrt(len(t) - 1)
         roots.append(torch.linalg.qr(root, mode="r").R if len(t) > t.shape[1] else root)
@@ -2611,17 +2650,19 @@ def precision_recall(real, fake, k=3, batch_size=1000):
     """
     if not 1 <= k < min(len(real), len(fake)):
         raise BadInput(f"k {k} needs more than {k} images, not {len(real)} and {len(fake)}")
+    if not (real.isfinite().all() and fake.isfinite().all()):
+        raise BadInput("features hold NaN or infinite values")
 
     def covered(points, centres):
         """Share of the points within any ball around the centres."""
         radii = torch.cat([torch.cdist(part, centres).kthvalue(k + 1).values  # the 1st is itself
                            for part in centres.split(batch_size)])  # fmt: skip
         inside = [(torch.cdist(p, centres) <= radii).any(1) for p in points.split(batch_size)]
-        return torch.cat(inside).double().mean().item()
+        return torch.cat(inside).float().mean().item()
 
     return covered(fake, real), covered(real, fake)
 
 
 def class_agreement(probabilities, y):
     """(E36) Share of images whose class the judge recognises: (N, K), (N,) -> float in [0, 1]."""
-    return (probabilities.argmax(1) == y).double().mean().item()
+    return (probabilities.argmax(1) == y).float().mean().item()

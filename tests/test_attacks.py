@@ -466,7 +466,7 @@ def test_clipping_to_the_cube_is_optimal_for_linf(seed):
 
 
 def test_rs_fgsm_and_n_fgsm_are_their_formulas():
-    """On a linear model the sign of the gradient is known, so E7 and E8 can be written down."""
+    """On a linear model the sign of the gradient is known, so E10 and E11 can be written down."""
     net, eps = linear_model(7), 0.05
     x, y = batch(7, 9, size=4, classes=2, dtype=torch.float64)
     x = 0.3 + 0.4 * x
@@ -477,6 +477,10 @@ def test_rs_fgsm_and_n_fgsm_are_their_formulas():
     noise = random_noise(x, 2 * eps, "linf", seeded(3))
     expected = x + noise + eps * sign
     torch.testing.assert_close(n_fgsm(net, x, y, eps, generator=seeded(3)), expected)
+    # Black images: the noise cannot make them darker, and the step starts from where it left them.
+    black = torch.zeros_like(x)
+    expected = (noise.clamp(min=0) + eps * sign).clamp(0, 1)
+    torch.testing.assert_close(n_fgsm(net, black, y, eps, generator=seeded(3)), expected)
 
 
 @each_norm

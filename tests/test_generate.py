@@ -97,6 +97,8 @@ def test_pca_refuses_an_empty_class_and_impossible_numbers_of_components():
     x, y = make_images()
     with pytest.raises(BadInput, match="class 3 has no images"):
         ClassPCA.fit(x, y, K + 1)
+    with pytest.raises(BadInput, match="labels from 0 to 2, but 2 classes"):
+        ClassPCA.fit(x, y, K - 1)
     for components in (0, -1, 2.5):
         with pytest.raises(BadInput, match="components"):
             ClassPCA.fit(x, y, K, components)
@@ -386,6 +388,9 @@ def test_generate_refuses_no_candidates():
     pca, energies = parts(model)
     with pytest.raises(BadInput, match="candidates"):
         ebm_at.generate(model, pca, torch.arange(3), energies, candidates=0)
+    for classes in ([0, 3], [-1, 0]):
+        with pytest.raises(BadInput, match="asked for, but there are 3"):
+            ebm_at.generate(model, pca, torch.tensor(classes), energies)
 
 
 @pytest.mark.parametrize("classes, channels, size", [(10, 3, 32), (100, 1, 28), (7, 3, 64)])

@@ -151,6 +151,18 @@ def test_precision_and_recall_at_the_extremes():
         ebm_at.precision_recall(real, real, 50)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused(bad):
+    """Compared with nan, no distance is small: recall would come out a little low, in silence."""
+    good = torch.rand(50, 4)
+    broken = good.clone()
+    broken[7, 1] = bad
+    for metric in (ebm_at.frechet_distance, ebm_at.precision_recall):
+        for pair in ((good, broken), (broken, good)):
+            with pytest.raises(BadInput, match="NaN or infinite"):
+                metric(*pair)
+
+
 @pytest.mark.parametrize("n, m, d, batch_size", [(7, 5, 3, 2), (40, 60, 30, 1000), (1, 1, 1, 1)])
 def test_nearest_distance_by_brute_force(n, m, d, batch_size):
     g = torch.Generator().manual_seed(n)

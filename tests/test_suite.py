@@ -379,6 +379,8 @@ def test_bad_models_images_and_names_are_refused(tiny_net):
         (tiny_net(), x, y, dict(suite=["pdg"]), "'pgd'"),
         (tiny_net(), x, y, dict(norm="l1"), "linf, l2"),
         (tiny_net(), x, y, dict(precision="fp16"), "precision"),
+        (tiny_net(), x, y, dict(steps=-1), "steps must be at least 1"),
+        (tiny_net(), x, y, dict(batch_size=0), "batch_size must be at least 1"),
     ):
         with pytest.raises(BadInput, match=words):
             robust_accuracy(model, images, labels, 0.1, **{"suite": "quick"} | more)

@@ -91,6 +91,27 @@ def test_step_is_sgd_on_the_written_loss(data):
         torch.testing.assert_close(mine.detach(), want, rtol=1e-4, atol=1e-6)
 
 
+def test_ema_is_a_weighted_mean_of_the_weights_so_far(data):
+    """With ema .6 the first decays are 1/4, 2/5, 3/6, 4/7 and then .6, also BatchNorm's."""
+    config = ebm_at.recipe(ema=0.6, **TINY)
+    trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+    trainer.model.train()
+    states = [copy.deepcopy(trainer.model.state_dict())]  # the untrained ones, and after each step
+    for i in range(6):
+        at = i / trainer.steps / config.epochs
+        trainer.step(torch.arange(20), torch.Generator().manual_seed(i), at)
+        states.append(copy.deepcopy(trainer.model.state_dict()))
+    decays = [1 / 4, 2 / 5, 3 / 6, 4 / 7, 0.6, 0.6]
+    shares = [1.0] + [1 - d for d in decays]
+    shares = [share * math.prod(decays[k:]) for k, share in enumerate(shares)]
+    assert sum(shares) == pytest.approx(1)
+    for name, kept in trainer.judged.state_dict().items():
+        values = [state[name].double() for state in states]
+        want = sum(share * value for share, value in zip(shares, values))
+        want = want if kept.is_floating_point() else values[-1]
+        torch.testing.assert_close(kept.double(), want, rtol=1e-5, atol=1e-6)
+
+
 EXTRAS = [
     {},
     dict(method="pgd", attack_steps=2, ema=0.9, augment="crop-flip"),
@@ -133,6 +154,38 @@ def test_resume_of_a_run_beyond_its_epochs_ends_at_once(data, tmp_path):
     checkpoint["training"]["finished"] = False
     shorter = dataclasses.replace(config, epochs=2, eps_warmup=0.0)
     assert list(ebm_at.train(shorter, data, resume=checkpoint)) == []
+
+
+def test_a_finished_run_is_not_silently_resumed_for_longer(data, tmp_path):
+    config = ebm_at.recipe(**TINY)
+    list(ebm_at.train(config, data, folder=tmp_path))
+    checkpoint = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    longer = dataclasses.replace(config, epochs=4)
+    with pytest.raises(ebm_at.BadInput, match="ended at epoch 3: start a new one"):
+        list(ebm_at.train(longer, data, resume=checkpoint))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_train_hands_the_measured_model_over_in_eval_mode(data, tmp_path, ema):
+    """Its logits are those of last.pt, and looking at them moves no BatchNorm statistics."""
+    config = ebm_at.recipe(ema=ema, **TINY)
+    model = ebm_at.build_model(config, data)
+    list(ebm_at.train(config, data, model, folder=tmp_path))
+    x = data.x_test[:20].float() / 255
+    before = copy.deepcopy(model.state_dict())
+    logits = model(x)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    torch.testing.assert_close(logits, ebm_at.load_model(tmp_path / "last.pt")[0](x))
+
+
+def test_float_images_train_and_measure_as_their_uint8_twins_do(data):
+    """Divided by 255 once more they would be black, and no error would say so."""
+    config = ebm_at.recipe(**TINY)
+    floats = {k: getattr(data, k).float() / 255 for k in ("x_train", "x_val", "x_test")}
+    twin = dataclasses.replace(data, **floats)
+    models = [ebm_at.build_model(config, data) for _ in range(2)]
+    histories = [rows(ebm_at.train(config, d, m)) for d, m in zip((data, twin), models)]
+    assert same(*histories)
 
 
 def test_probe_sees_all_classes_of_sorted_data(data):
@@ -229,6 +282,15 @@ class Collapsing(ebm_at.Trainer):
             bad = self.epoch >= self.strike and not self.config.der
             measured |= found(0.6, 0.0, 3.0) if bad else found(0.3, 0.2 + 0.001 * self.epoch)
         return measured
+
+
+def test_no_alarm_while_eps_still_grows(data):
+    """Probes use the full eps: until the attack has reached it, low accuracy is no collapse."""
+    config = ebm_at.recipe(on_overfit="stop", eps_warmup=2.0, **TINY | dict(epochs=4))
+    trainer = Collapsing(config, data, ebm_at.build_model(config, data))
+    trainer.strike = 0
+    alarms = [r for r in trainer.run() if r["kind"] == "alarm"]
+    assert [a["epoch"] for a in alarms] == [2]
 
 
 @pytest.mark.parametrize(
@@ -375,3 +437,8 @@ def test_recipes_follow_their_sources():
     assert ebm_at.recipe("cifar10", "fgsm", grad_align=0.2).lr == 0.3
     assert ebm_at.recipe("mnist").augment == "crop", "a mirrored digit is another sign"
     assert fast.eps == pytest.approx(8 / 255)
+    svhn = ebm_at.recipe("svhn", "n-fgsm")
+    assert (svhn.lr, svhn.eps_warmup) == (0.05, 5.0) and ebm_at.recipe("svhn", "pgd").lr == 0.1
+    for dataset in ("shapes", "cifar10"):  # an l_2 ball of 8/255 holds next to nothing
+        assert ebm_at.recipe(dataset, "pgd", norm="l2").eps == pytest.approx(128 / 255)
+        assert ebm_at.recipe(dataset, "pgd", norm="l2", eps=1.0).eps == 1.0

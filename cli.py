@@ -9,8 +9,10 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import os
 import platform
+import shlex
 import sys
 import time
 import zipfile
@@ -32,6 +34,11 @@ from rich.text import Text
 
 import ebm_at
 from ebm_at import BadInput, Config, RunError
+
+
+class Stopped(Exception):
+    """Ctrl-C came, what there was has been saved, and where has been said."""
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
@@ -76,6 +83,12 @@ def fields_as_options(command):
     return command
 
 
+def absolute(dataset):
+    """The absolute path of a data set that is a file or a folder; a name stays as it is."""
+    is_path = dataset not in ebm_at.DATASETS and os.path.exists(dataset)
+    return os.path.abspath(dataset) if is_path else dataset
+
+
 def config_from(settings, preset):
     """The Config of the options that were given, over the preset's, over the recipe's."""
     given = {k: v for k, v in settings.items() if v is not None}
@@ -83,10 +96,12 @@ def config_from(settings, preset):
         given["eps"] = parse_eps(given["eps"])
     if preset is not None:
         ebm_at.check_choice("preset", preset, ebm_at.PRESETS)
-        given = ebm_at.PRESETS[preset] | given
-    name = given.get("dataset", "shapes")
-    if name not in ebm_at.DATASETS and os.path.exists(name):  # a resume from elsewhere finds it
-        given["dataset"] = os.path.abspath(name)
+        chosen = dict(ebm_at.PRESETS[preset])
+        if given.get("norm") == "l2":
+            chosen.pop("eps")  # it is measured in l_inf
+        given = chosen | given
+    if "dataset" in given:
+        given["dataset"] = absolute(given["dataset"])  # a resume from elsewhere finds it
     config = ebm_at.recipe(**given)
     config.data_dir = os.path.abspath(config.data_dir)
     return config
@@ -97,23 +112,25 @@ def config_from(settings, preset):
 # --------------------------------------------------------------------------------------------------
 
 
-def new_folder(out, beside, stem):
-    """`out`, or the next free <beside>/<stem>-<n>; not made yet. Raises: RunError if in use."""
-    folder, n = Path(out) if out else None, 1
-    while folder is None or (not out and folder.exists()):
-        folder, n = Path(beside, f"{stem}-{n}"), n + 1
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def claim_folder(out, beside, stem):
+    """Makes and returns `out`, or the next free <beside>/<stem>-<n>, which no other run can take.
+
+    Raises: RunError when it is in use or cannot be made.
+    """
+    folder, n = Path(out) if out else None, 0
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise RunError(f"'{folder}' exists: nothing was touched; name a new folder with --out")
-    return folder
-
-
-def make_folder(folder):
-    """Creates a folder with its parents and returns it. Raises: RunError."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        while not folder:
+            n += 1
+            with contextlib.suppress(FileExistsError):
+                Path(beside, f"{stem}-{n}").mkdir(parents=True)
+                folder = Path(beside, f"{stem}-{n}")
     except OSError as error:
-        reason = error.strerror
-        raise RunError(f"cannot write to '{folder}' ({reason}); name another with --out") from error
+        where, reason = folder or Path(beside, f"{stem}-{n}"), error.strerror
+        raise RunError(f"cannot write to '{where}' ({reason}); name another with --out") from error
     return folder
 
 
@@ -123,7 +140,7 @@ def make_run_folder(config, out):
     Raises: RunError when it is in use or cannot be made.
     """
     name = f"{Path(config.dataset).stem}-{config.method}{'-der' * config.der}"
-    folder = make_folder(new_folder(out, "runs", name))
+    folder = claim_folder(out, "runs", name)
     try:
         write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
     except OSError as error:
@@ -341,7 +358,7 @@ def train(
     display = Display(config, list(trainer.history), quiet or not leader)
     display.say(
         f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
-        f" images, eps {config.eps * 255:g}/255 ({config.norm}), {config.model},"
+        f" images, eps {eps_text(config.eps, config.norm)} ({config.norm}), {config.model},"
         f" {config.epochs} epochs,"
         f" {trainer.device} {str(trainer.dtype).removeprefix('torch.')}, seed {config.seed}"
     )
@@ -386,8 +403,9 @@ def run(trainer, folder, display):
                 f"epochs 1 to {trainer.saved_epoch} are" if trainer.saved_epoch else "the start is"
             )
             print(f"\nstopped: {where} saved in {folder / 'last.pt'}", file=sys.stderr)
-            print(f"go on with: python cli.py train --resume {folder}", file=sys.stderr)
-        raise typer.Exit(130) from None
+            command = f"python cli.py train --resume {shlex.quote(str(folder))}"
+            print(f"go on with: {command}", file=sys.stderr)
+        raise Stopped from None
 
 
 def measure(trainer, folder, n):
@@ -430,9 +448,8 @@ def report(trainer, folder, display):
         draw_curves(folder, display.rows)
     except OSError as error:
         raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
-    table = Table(
-        box=rich.box.SIMPLE_HEAD, title=f"test accuracy, {n} images, eps {config.eps * 255:g}/255"
-    )
+    eps = f"{eps_text(config.eps, config.norm)} ({config.norm})"
+    table = Table(box=rich.box.SIMPLE_HEAD, title=f"test accuracy, {n} images, eps {eps}")
     for name in ("model", "epoch", "clean", "FGSM", "PGD-10", "E(x)", "dE(x) PGD"):
         table.add_column(name, justify="right")
     for name, found in (("last", last), ("best", best)):
@@ -446,9 +463,13 @@ def report(trainer, folder, display):
     words = f"{reason}.\n\nTrained {train_seconds:.0f} s, measured {probe_seconds:.0f} s."
     words += f" Saved in {folder}:"
     files = ", ".join(sorted(p.name for p in folder.iterdir()))
-    words += f" {files}\nNext: {next_command(config, verdict)}"
-    colour = "green" if verdict == "healthy" else "red"
-    console.print(Panel(Text(words), title=f"verdict: {verdict}", border_style=colour))
+    words += f" {files}"
+    if console.is_terminal:
+        colour = "green" if verdict == "healthy" else "red"
+        console.print(Panel(Text(words), title=f"verdict: {verdict}", border_style=colour))
+    else:
+        say(f"verdict: {verdict}\n{words}")
+    say(f"Next: {next_command(config, verdict)}")
 
 
 def device_name(device):
@@ -463,6 +484,8 @@ def next_command(config, verdict):
     change = {"der": True}
     if config.method == "none" or (config.der and verdict == "healthy"):
         change = {"method": "pgd", "der": False}
+    elif config.der and verdict == "RO" and config.method == "fgsm" and not config.ema:
+        change = {"ema": 0.998}  # averaged weights: what mended it on shapes
     elif config.der:
         change = {"beta": 2 * config.beta}
     wanted = dataclasses.replace(config, **change)
@@ -472,10 +495,10 @@ def next_command(config, verdict):
     for f in dataclasses.fields(Config):
         value = getattr(wanted, f.name)
         same = value == getattr(Config() if f.name in ("dataset", "method") else usual, f.name)
-        if same or f.name == "data_dir":
+        if same or value == os.path.abspath("data"):  # data_dir's default, made absolute
             continue
         option = "--" + f.name.replace("_", "-")
-        text = f"{value * 255:g}/255" if f.name == "eps" else str(value)
+        text = f"{value * 255:g}/255" if f.name == "eps" else shlex.quote(str(value))
         words.append(option if value is True else f"{option} {text}")
     return " ".join(words)
 
@@ -537,19 +560,25 @@ def attack(
     names = suite if attacks is None else [name.strip() for name in attacks.split(",")]
     check_attack_options(names, limit=limit, steps=steps, queries=queries, batch_size=batch_size,
                          seed=seed, split=split, precision=precision)  # fmt: skip
-    for path in (p for p in (out, save, save_png) if p and Path(p).exists()):
+    for path in (p for p in (save, save_png) if p and Path(p).exists()):
         raise RunError(f"'{path}' exists: nothing was touched; name a new one")
+    if save and not Path(save).parent.is_dir():
+        raise BadInput(f"--save '{save}': there is no folder '{Path(save).parent}'; make it first")
     where = ebm_at.pick_device(device)
     model, config, path = open_model(checkpoint, model_from, dataset, where)
-    config.dataset, config.data_dir = dataset or config.dataset, data_dir or config.data_dir
+    if dataset and absolute(dataset) != config.dataset:
+        config.dataset, config.limit = absolute(dataset), 0
+    config.data_dir = data_dir or config.data_dir
     if norm not in (None, config.norm) and eps is None:
         raise BadInput(f"--norm {norm} needs --eps too: the run's eps is measured in {config.norm}")
     eps, norm = config.eps if eps is None else parse_eps(eps), norm or config.norm
     x, y, data = attacked_images(config, split, limit, where, channels_last=not model_from)
-    n = len(y)
+    n, takes = len(y), getattr(model, "spec", {}).get("in_channels", x.shape[1])
+    if x.shape[1] != takes:
+        raise BadInput(f"images of '{data}' have {x.shape[1]} channels, the model takes {takes}")
     ebm_at.check_attack(x, y, eps, norm)
     ebm_at.check_model(model, x, y)
-    folder = make_folder(new_folder(out, path.parent if path else "runs", "attack"))
+    folder = claim_folder(out, path.parent if path else "runs", "attack")
     told = {
         "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data,
         "split": split, "n": n, "eps": eps, "norm": norm, "suite": names, "steps": steps,
@@ -570,13 +599,11 @@ def attack(
                 precision=precision, on_progress=display.on_progress, **settings,
             )  # fmt: skip
             display.finish(found["rows"])
+        signs = ebm_at.masking_signs(model, x, y, eps, norm, found["rows"], min(200, batch_size))
     except KeyboardInterrupt:
         report_attacks(display.rows, told | {"complete": False}, folder)
-        print("\nstopped: the table above is what was done", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except torch.OutOfMemoryError as error:
-        raise RunError("out of memory on the device: lower --batch-size") from error
-    signs = ebm_at.masking_signs(model, x, y, eps, norm, found["rows"])
+        print(f"\nstopped: the table above, also in {folder}, is what was done", file=sys.stderr)
+        raise Stopped from None
     told |= {k: found[k] for k in ("clean_acc", "robust_acc")} | {"warnings": signs}
     report_attacks(found["rows"], told | {"complete": True}, folder)
     for sign in signs:
@@ -861,6 +888,7 @@ def save_adversarial(model, found, y, save, save_png):
             f" {after:.1%} after rounding to 8 bits")  # fmt: skip
 
 
+# --------------------------------------------------------------------------------------------------
 # generate
 # --------------------------------------------------------------------------------------------------
 
@@ -919,16 +947,16 @@ def data_of(checkpoint, dataset=None, data_dir=None):
         config = Config(**checkpoint["config"])
     except (KeyError, TypeError) as error:
         raise RunError("the checkpoint was made by another version: train it again") from error
-    config.dataset, config.data_dir = dataset or config.dataset, data_dir or config.data_dir
-    if config.dataset != checkpoint["config"]["dataset"]:
-        config.limit = 0
+    if dataset and absolute(dataset) != config.dataset:
+        config.dataset, config.limit = absolute(dataset), 0
+    config.data_dir = data_dir or config.data_dir
     data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
     trained_on, channels = checkpoint["classes"], checkpoint["spec"]["in_channels"]
     if data.classes != trained_on or data.x_train.shape[1] != channels:
         some = ", ".join(trained_on[:4])
         raise BadInput(
-            f"the checkpoint was trained on {len(trained_on)} other classes ({some} ...,"
-            f" {channels} channels) than '{data.name}' has: give its own data with --dataset"
+            f"the checkpoint was trained on other images than '{data.name}' has ({channels}"
+            f" channels, {len(trained_on)} classes: {some} ...): give its own with --dataset"
         )
     return config, data
 
@@ -945,8 +973,9 @@ def pick_classes(text, classes):
 
 
 def checksum(data):
-    """A number that changes with the training images."""
-    return zlib.crc32(data.x_train.contiguous().numpy().tobytes())
+    """A number that changes with the training images and their labels."""
+    labels = zlib.crc32(data.y_train.contiguous().numpy().tobytes())
+    return zlib.crc32(data.x_train.contiguous().numpy().tobytes(), labels)
 
 
 def fitted_pca(path, data, components, device):
@@ -970,14 +999,23 @@ def make_judge(name, weights, config, data, device, console):
         words = f"torchvision Inception-v3, {weights or 'IMAGENET1K_V1'}, images resized to 299"
         return ebm_at.Inception(weights).to(device).eval(), words + ", bilinear, antialiased"
     if name != "classifier":
+        if not Path(name).exists():
+            kind = "judge, and no checkpoint either,"
+            ebm_at.check_choice(kind, name, ["classifier", "inception"])
         judge, checkpoint = ebm_at.load_model(find_checkpoint(name), device)
-        if checkpoint["classes"] != data.classes:
-            raise BadInput(f"the judge '{name}' was trained on other classes than '{data.name}'")
+        channels = checkpoint["spec"]["in_channels"]
+        if checkpoint["classes"] != data.classes or channels != data.x_train.shape[1]:
+            raise BadInput(f"the judge '{name}' was trained on other images than '{data.name}' has")
         return judge, f"{name}, epoch {checkpoint['epoch']}"
     if config.limit:  # the judge may see all of it
         data = ebm_at.load_data(config.dataset, config.data_dir, 0, config.val_fraction)
     path = Path("runs", "judges", f"{Path(data.name).stem}-{checksum(data):08x}.pt")
     if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"cannot make '{path.parent}' for the judge ({error.strerror})"
+            raise RunError(f"{reason}; go to a folder of your own, or use --no-metrics") from error
         settings = ebm_at.recipe(
             config.dataset, "none", model="small", width=32, epochs=5 + 7 * (data.name != "shapes"),
             batch_size=min(128, len(data.x_train)), schedule="triangular", lr=0.2, probe_size=4,
@@ -987,10 +1025,6 @@ def make_judge(name, weights, config, data, device, console):
         with Bar(console, "training the judge", settings.epochs) as bar:
             for _ in trainer.run(on_progress=lambda e, i, n: bar.to(e + i / n, f"epoch {e + 1}")):
                 pass
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make '{path.parent}' ({error.strerror})") from error
         ebm_at.save_checkpoint(path, {k: v for k, v in trainer.checkpoint().items()
                                       if k != "training"})  # fmt: skip
     return ebm_at.load_model(path, device)[0], f"an ordinary classifier, {path}"
@@ -1011,6 +1045,9 @@ class Reference:
 
         every, x, _ = real("train")
         _, self.x, self.y = real("test")
+        if len(self.x) < 2:
+            raise BadInput("the test split has fewer than 2 images of these classes to compare"
+                           " with: use --no-metrics")  # fmt: skip
         self.pixels, n = ebm_at.as_pixels(every).flatten(1), len(x)
         with Bar(console, "judging real images", n + len(self.x)) as bar:
             self.train, _ = ebm_at.judge_images(judge, x, batch_size, bar.to)
@@ -1087,7 +1124,7 @@ def labelled_grid(rows, names):
     return page
 
 
-def save_film(folder, watch, steps, names, per_class):
+def save_film(folder, watch, steps, names):
     """trace/<class>.png, from start to stop, and trace.gif, all classes at once."""
     rows = torch.tensor(watch.filmed).view(len(names), -1)
     longest = steps[rows].argmax(1)  # of the filmed images of a class, the one that walked farthest
@@ -1195,8 +1232,9 @@ def generate(
                           " images' energies; or fixed: after all steps")
     ] = "sampled",
     quantile: Annotated[
-        float, typer.Option(help="for --stop quantile; low: more steps (.05 did well on CIFAR-10)")
-    ] = 0.5,
+        Optional[float],
+        typer.Option(help="for --stop quantile: .5, or low for more steps (.05 on CIFAR-10)"),
+    ] = None,
     metrics: Annotated[bool, typer.Option(help="measure the images")] = True,
     judge: Annotated[
         str, typer.Option(help="classifier (trained once on these data), a checkpoint, inception")
@@ -1220,49 +1258,56 @@ def generate(
     """
     settings = dict(locals())
     check_generate(settings)
-    console = Console(highlight=False, quiet=quiet)
+    settings["quantile"] = 0.5 if quantile is None else quantile
     path = find_checkpoint(checkpoint)
-    device, n = ebm_at.pick_device(device), per_class
+    own = bool(out) and Path(out).exists()  # and empty, or claim_folder refuses it
+    folder = claim_folder(out, path.parent, "generate")
+    try:
+        paint(path, folder, settings, Console(highlight=False, markup=False, quiet=quiet))
+    except OSError as error:
+        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    finally:
+        if not own:
+            with contextlib.suppress(OSError):  # goes only if it has stayed empty
+                folder.rmdir()
+
+
+def paint(path, folder, settings, console):
+    """What generate does once its options are known to fit together: see there."""
+    device, n = ebm_at.pick_device(settings["device"]), settings["per_class"]
     model, loaded = ebm_at.load_model(path, device)
-    folder = new_folder(out, path.parent, "generate")
-    config, data = data_of(loaded, dataset, data_dir)
-    wanted = pick_classes(classes, data.classes)
-    dtype = ebm_at.pick_precision(precision, device)
+    config, data = data_of(loaded, settings["dataset"], settings["data_dir"])
+    wanted = pick_classes(settings["classes"], data.classes)
+    if settings["metrics"] and n * len(wanted) < 2:
+        raise BadInput("one image cannot be measured: make more (--per-class), or --no-metrics")
+    dtype = ebm_at.pick_precision(settings["precision"], device)
     console.print(f"{path}: {config.method}{' + DER' * config.der} on {data.name}, epoch"
                   f" {loaded['epoch']}; {n} images of each of {len(wanted)} classes, {device}"
-                  f" {str(dtype).removeprefix('torch.')}, seed {seed}", soft_wrap=True)  # fmt: skip
-    began = time.perf_counter()
-    components = int(components) if components >= 1 else components
-    pca = fitted_pca(path.parent / "pca.pt", data, components, device)
+                  f" {str(dtype).removeprefix('torch.')}, seed {settings['seed']}",
+                  soft_wrap=True)  # fmt: skip
+    began, batch_size = time.perf_counter(), settings["batch_size"]
+    pca = fitted_pca(path.parent / "pca.pt", data, settings["components"], device)
     call = {"dtype": dtype, "batch_size": batch_size}
     energies = ebm_at.class_energies(model, data.x_train.to(device), data.y_train.to(device),
                                      len(data.classes), **call)  # fmt: skip
     prepared = time.perf_counter() - began
     y = torch.tensor(wanted, device=device).repeat_interleave(n)
-    judged = None
-    if metrics:
-        network, words = make_judge(judge, inception_weights, config, data, device, console)
-        judged = Reference(network, words, data, wanted, reference, device, console, batch_size)
     taken = ("init", "neighbours", "temperature", "candidates", "stop", "quantile", "seed", "steps",
              "step_size", "momentum", "noise", "normalize", "mix")  # fmt: skip
     options = {k: settings[k] for k in taken} | call
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint", "out", "device"):
-            settings[name] = str({"checkpoint": path, "out": folder, "device": device}[name])
-        report = {"settings": settings, "dataset": data.name, "method": config.method,
-                  "der": config.der, "epoch": loaded["epoch"], "prepare_seconds": prepared,
-                  "device": device_name(device), "precision": str(dtype).removeprefix("torch."),
-                  "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-        if judged:
-            report |= judged.words | {"real": {"name": "real images", **judged.of_real(len(y))}}
-        make = compare_starts if compare else make_images
-        make(folder, (model, pca, energies, y), options, judged, report, data, wanted, console)
-    except BadInput:
-        folder.rmdir()  # it is still empty
-        raise
-    except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    settings |= {"checkpoint": str(path), "out": str(folder), "device": str(device)}
+    report = {"settings": settings, "dataset": data.name, "method": config.method,
+              "der": config.der, "epoch": loaded["epoch"], "prepare_seconds": prepared,
+              "device": device_name(device), "precision": str(dtype).removeprefix("torch."),
+              "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    judged = None
+    if settings["metrics"]:
+        weights, most = settings["inception_weights"], settings["reference"]
+        judge, words = make_judge(settings["judge"], weights, config, data, device, console)
+        judged = Reference(judge, words, data, wanted, most, device, console, batch_size)
+        report |= judged.words | {"real": {"name": "real images", **judged.of_real(len(y))}}
+    make = compare_starts if settings["compare"] else make_images
+    make(folder, (model, pca, energies, y), options, judged, report, data, wanted, console)
 
 
 def check_generate(settings):
@@ -1273,6 +1318,17 @@ def check_generate(settings):
     for name in ("steps", "noise", "seed", "temperature", "reference"):
         if settings[name] < 0:
             raise BadInput(f"--{name} must not be negative, but is {settings[name]}")
+    for name, least, most in (("mix", 0, 1), ("quantile", 0, 1), ("momentum", 0, 0.999),
+                              ("seed", 0, 2**32 - 1), ("neighbours", 2, math.inf)):  # fmt: skip
+        value = settings[name]
+        if value is not None and not least <= value <= most:
+            raise BadInput(f"--{name} must lie in {least} .. {most}, not {value}")
+    if not settings["step_size"] > 0:
+        raise BadInput(f"--step-size must be positive, not {settings['step_size']}")
+    if settings["reference"] == 1:
+        raise BadInput("--reference 1: one real image is none to compare with; 0 takes all")
+    if settings["quantile"] is not None and settings["stop"] != "quantile":
+        raise BadInput("--quantile needs --stop quantile")
     if settings["trace"] and settings["compare"]:
         raise BadInput("--trace films one way of generating, --compare runs many: drop one")
     ebm_at.check_choice("init", settings["init"], ebm_at.STARTS)
@@ -1289,21 +1345,28 @@ def make_images(folder, made_of, options, judged, report, data, wanted, console)
     try:
         x8, record, row = one_batch(*made_of, options, judged, watch)
     except KeyboardInterrupt:
-        if watch.x is not None:
-            labelled_grid(list(to_uint8(watch.x).split(n)), names).save(folder / "unfinished.png")
-            print(f"\nstopped: the images so far are in {folder}/unfinished.png", file=sys.stderr)
-        raise typer.Exit(130) from None
+        if watch.x is None:
+            raise  # nothing to keep yet
+        labelled_grid(list(to_uint8(watch.x).split(n)), names).save(folder / "unfinished.png")
+        print(f"\nstopped: the images so far are in {folder}/unfinished.png", file=sys.stderr)
+        raise Stopped from None
+    report["generated"] = row
+    write_atomically(folder / "report.json", json.dumps(report, indent=1))
     rows = x8.split(n)
     labelled_grid([r[:10] for r in rows], names).save(folder / "grid.png")
     save_samples(folder, x8, y, record, data.classes)
     if filmed:
-        save_film(folder, watch, record["steps"], names, n)
-    report["generated"] = row
-    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+        save_film(folder, watch, record["steps"], names)
     shown = [row] + ([report["real"]] if judged else [])
-    console.print(metric_table(shown, f"{len(y)} images"))
+    console.print(metric_table(shown, f"{len(y)} images{of_real(report, len(y))}"))
     console.print(f"Saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}",
                   soft_wrap=True)  # fmt: skip
+
+
+def of_real(report, n):
+    """Words for a table whose row of real images has not as many, or ""."""
+    real = report.get("real", {}).get("n", n)
+    return "" if real == n else f" (real: {real})"
 
 
 def compare_starts(folder, made_of, options, judged, report, data, wanted, console):
@@ -1317,7 +1380,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
             for stop in ("fixed", adaptive):
                 chosen = options | {"init": init, "stop": stop}
                 watch = Watch(console, f"{init}, {stop}", len(y), options["steps"])
-                x8, _, row = one_batch(*made_of[:4], chosen, judged, watch)
+                x8, _, row = one_batch(*made_of, chosen, judged, watch)
                 rows.append(row)
                 grid = labelled_grid([r[:10] for r in x8.split(n)], names)
                 (folder / "grids").mkdir(exist_ok=True)
@@ -1325,7 +1388,9 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     except KeyboardInterrupt:
         stopped = True
     shown = rows + ([report["real"]] if judged else [])
-    report["compared"] = rows
+    if stopped and not rows:
+        raise KeyboardInterrupt
+    report |= {"compared": rows, "complete": not stopped}
     write_atomically(folder / "report.json", json.dumps(report, indent=1))
     keys = max((list(row) for row in shown), key=len, default=[])
     lines = [",".join(keys)]
@@ -1334,12 +1399,13 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
         cells = ["" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells]
         lines.append(",".join(c.replace(", ", " ") for c in cells))
     write_atomically(folder / "compare.csv", "\n".join(lines) + "\n")
-    console.print(
-        metric_table(shown, f"{len(y)} images each; {options['steps']} steps or adaptive")
-    )
+    title = f"{len(y)} images each{of_real(report, len(y))}; {options['steps']} steps or adaptive"
+    console.print(metric_table(shown, title))
     console.print(f"Saved in {folder}: compare.csv, grids/, report.json", soft_wrap=True)
     if stopped:
-        raise typer.Exit(130)
+        done = f"{len(rows)} of {2 * len(ebm_at.STARTS)} ways are in {folder}/compare.csv"
+        print(f"\nstopped: {done}", file=sys.stderr)
+        raise Stopped
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1350,10 +1416,14 @@ def main():
     arguments = sys.argv[1:] or ["--help"]
     try:
         code = app(arguments, standalone_mode=False)
+        if code == 130:  # typer's word for Ctrl-C at a moment that nobody caught
+            fail("stopped before there was anything to keep", code)
+    except Stopped:
+        code = 130
+    except torch.OutOfMemoryError:
+        code = fail("out of memory on the device: lower --batch-size, or take a smaller model", 1)
     except (BadInput, RunError) as error:
         code = fail(error, 2 if isinstance(error, BadInput) else 1)
-    except (KeyboardInterrupt, typer.Abort):
-        code = fail("stopped; a run folder, if one was made, can be resumed with --resume", 130)
     except Exception as error:
         if not hasattr(error, "format_message"):  # typer's own: an unknown option, a missing value
             raise

@@ -39,6 +39,8 @@ def maps(): return Net(3, lambda z: z[:, :, None])
 def string(): return "net"
 def fails(): raise KeyError("weights")
 def needs(argument): return Net()
+def picky(): return Net(3, lambda z: 1 / 0)
+def frozen(): return Net(3, lambda z: z.detach())
 """
 
 
@@ -81,6 +83,8 @@ def place(tmp_path_factory):
     broken = {k: v * math.nan if v.is_floating_point() else v for k, v in two.state_dict().items()}
     torch.save(checkpoint | {"spec": two.spec, "model": broken}, folder / "nan.pt")
     (folder / "strangers.py").write_text(STRANGERS)
+    grey = {k: v[..., 0] if v.ndim == 4 else v for k, v in arrays.items()}
+    np.savez(folder / "grey.npz", **grey)
     (folder / "taken").mkdir()
     (folder / "taken" / "mine.txt").write_text("keep me")
     return folder
@@ -182,6 +186,33 @@ def test_models_of_others(function, place, monkeypatch, capsys):
     assert "strangers" not in " ".join(sys.path)
 
 
+def test_a_model_without_gradients_is_named(place, monkeypatch, capsys):
+    options = "--model-from strangers:frozen --dataset mine.npz --attacks pgd".split()
+    code, _, err = run(place, monkeypatch, capsys, *options, *SMALL, "--out", place / "frozen")
+    assert code == 2 and "no gradient reaches the images" in err and err.count("\n") == 1
+
+
+def test_ctrl_c_while_looking_for_masking_keeps_the_finished_table(place, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ebm_at, "masking_signs", interrupted)
+    options = ["--attacks", "fgsm", "--out", place / "late"]
+    code, out, err = run(place, monkeypatch, capsys, *options, *SMALL)
+    assert code == 130 and "fgsm" in out and str(place / "late") in err
+    told = json.loads((place / "late" / "attack.json").read_text())
+    assert [row["attack"] for row in told["rows"]] == ["natural", "fgsm"]
+
+
+def test_out_of_memory_is_one_line(place, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ebm_at, "exact_logits", full)
+    code, _, err = run(place, monkeypatch, capsys, *SMALL, "--out", place / "full")
+    assert code == 1 and "lower --batch-size" in err and err.count("\n") == 1
+
+
 def test_ctrl_c_prints_the_table_so_far(place):
     options = "--attacks fgsm,square --queries 1000000 --limit 0 --eps 1e-9 --out stopped"
     command = [sys.executable, str(ROOT / "cli.py"), "attack", *options.split()]
@@ -211,7 +242,7 @@ BAD = {  # what is wrong: (arguments, exit code, words of the one line on stderr
     "another network's weights": (["foreign.pt", "--dataset", "mine.npz"], 1, "none of our"),
     "weights of another width": (["wide.pt"], 1, "do not fit its spec"),
     "weights without data": (["state.pt"], 2, "give --dataset"),
-    "grey model, coloured images": (["grey.pt"], 2, "does not take images of shape (3, 16, 16)"),
+    "grey model, coloured images": (["grey.pt"], 2, "have 3 channels, the model takes 1"),
     "too few classes": (["two.pt"], 2, "but the model has 2 classes"),
     "NaN weights": (["nan.pt"], 2, "NaN"),
     "unknown suite": (["--suite", "standrad"], 2, "did you mean 'standard'"),
@@ -246,6 +277,9 @@ BAD = {  # what is wrong: (arguments, exit code, words of the one line on stderr
     "model without data": (["--model-from", "strangers:good"], 2, "give --dataset"),
     "model of one class": (["--model-from", "strangers:one", "--dataset", "mine.npz"], 2, "K >= 2"),
     "model gives NaN": (["--model-from", "strangers:nan", "--dataset", "mine.npz"], 2, "NaN"),
+    "model raises": (["--model-from", "strangers:picky", "--dataset", "mine.npz"], 2, "does not"),
+    "other data, too few": (["--dataset", "grey.npz"], 2, "have 1 channels, the model takes 3"),
+    "no folder to save in": (["--save", "nowhere/adv.pt"], 2, "no folder 'nowhere'"),
     "model gives maps": (["--model-from", "strangers:maps", "--dataset", "mine.npz"], 2, "K >= 2"),
     "unknown option": (["--epsilon", "1"], 2, "No such option"),
     "too many files": (["state.pt", "cut.pt"], 2, "unexpected extra argument"),

@@ -366,3 +366,26 @@ def test_real_cifar10_learns(tmp_path):
     done = run(*options.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "r" / "result.json").read_text())["last"]["clean_acc"] > 0.3
+
+
+def test_a_preset_never_lends_its_l_inf_eps_to_l2():
+    eps = cli.config_from({"norm": "l2"}, "ro").eps
+    assert eps == pytest.approx(128 / 255)
+    assert cli.config_from({"norm": "l2", "eps": "1.0"}, "ro").eps == 1.0
+    assert cli.config_from({}, "ro").eps == pytest.approx(16 / 255)
+
+
+@pytest.mark.parametrize(
+    "settings, verdict, tries",
+    [
+        (dict(), "CO", "--der"),
+        (dict(der=True), "healthy", "--method pgd"),
+        (dict(der=True), "CO", "--der --beta 16.0"),
+        (dict(der=True), "RO", "--der --ema 0.998"),
+        (dict(der=True, ema=0.998), "RO", "--der --beta 16.0 --ema 0.998"),
+        (dict(data_dir="/my data"), "CO", "--data-dir '/my data' --der"),
+    ],
+)
+def test_next_command_is_one_step_further_and_can_be_pasted(settings, verdict, tries):
+    command = cli.next_command(ebm_at.recipe(**settings), verdict)
+    assert command == f"python cli.py train {tries}"

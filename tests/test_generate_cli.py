@@ -1,12 +1,14 @@
 """The generate command: what it writes, what it repeats, and one clear line for bad input."""
 
 import csv
+import dataclasses
 import inspect
 import json
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,9 @@ def test_defaults_are_those_of_the_functions():
     options = inspect.signature(cli.generate).parameters
     for function in (ebm_at.generate, ebm_at.sgld):
         for name, parameter in inspect.signature(function).parameters.items():
-            if name in options and name not in ("batch_size", "x", "y"):
+            if name == "quantile":  # so that it can be refused where it would be ignored
+                assert options[name].default is None
+            elif name in options and name not in ("batch_size", "x", "y"):
                 assert options[name].default == parameter.default, name
 
 
@@ -148,10 +152,19 @@ def test_a_kept_pca_is_used_only_where_it_fits(shop, tmp_path, monkeypatch):
         (["--init", "local"], "did you mean 'local-pca'"),
         (["--stop", "never"], "unknown stop"),
         (["--classes", "0,7"], "unknown class '7'"),
-        (["--dataset", "other.npz"], "trained on 3 other classes"),
+        (["--dataset", "other.npz"], "3 classes: 0, 1, 2"),
         (["--trace", "--compare"], "drop one"),
         (["--momentum", "1"], "momentum"),
         (["--quantile", "2", "--stop", "quantile"], "quantile"),
+        (["--quantile", "0.1"], "--quantile needs --stop quantile"),
+        (["--step-size", "0"], "--step-size must be positive"),
+        (["--mix", "1.5"], "--mix must lie in 0 .. 1"),
+        (["--neighbours", "1"], "--neighbours must lie in 2"),
+        (["--seed", "99999999999999999999"], "--seed must lie in"),
+        (["--reference", "1"], "--reference 1"),
+        (["--components", "2.5"], "components"),
+        (["--metrics", "--per-class", "1", "--classes", "0"], "one image cannot be measured"),
+        (["--metrics", "--judge", "clasifier"], "did you mean 'classifier'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, shop, tmp_path, arguments, says):
@@ -161,6 +174,50 @@ def test_bad_input_is_one_line_and_exit_2(monkeypatch, capsys, shop, tmp_path, a
     code, _, err = call(monkeypatch, capsys, "generate", "--no-metrics", *out, *usual, *arguments)
     assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and says in err
     assert not (tmp_path / "g").exists()
+
+
+def test_two_runs_never_get_the_same_folder(tmp_path):
+    """Started at once, each must claim a folder of its own, with nothing in it."""
+    with ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: cli.claim_folder(None, tmp_path, "run"), range(24)))
+    assert sorted(p.name for p in claimed) == sorted(f"run-{i + 1}" for i in range(24))
+    assert all(p.is_dir() for p in claimed)
+
+
+def test_a_judge_of_other_channels_is_refused(monkeypatch, capsys, shop, tmp_path):
+    judge = ebm_at.load_checkpoint(shop / "runs/a/best.pt")
+    coloured = ebm_at.make_model("small", 3, 3, width=4)
+    torch.save(judge | {"spec": coloured.spec, "model": coloured.state_dict()}, tmp_path / "j.pt")
+    code, _, err = generate(monkeypatch, capsys, shop, "--judge", tmp_path / "j.pt")
+    assert code == 2 and "trained on other images" in err and err.count("\n") == 1
+
+
+def test_a_new_label_makes_a_new_judge_and_pca(shop):
+    """Same pixels, other labels: what was kept for the old ones must not be taken."""
+    data = ebm_at.load_data(str(shop / "data.npz"))
+    relabelled = dataclasses.replace(data, y_train=data.y_train.flip(0))
+    assert cli.checksum(data) != cli.checksum(relabelled)
+
+
+@pytest.mark.parametrize("more, kept", [([], set()), (["--compare"], {"compare.csv"})])
+def test_ctrl_c_at_any_moment_says_what_there_is(monkeypatch, capsys, shop, tmp_path, more, kept):
+    """Before the first step there is nothing, and no folder; compare keeps the ways it finished."""
+    calls, real = [], ebm_at.generate
+
+    def interrupted(*args, **options):
+        calls.append(1)
+        if len(calls) > len(kept):
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(ebm_at, "generate", interrupted)
+    out = ["--no-metrics", "--out", tmp_path / "g"]
+    code, _, err = generate(monkeypatch, capsys, shop, *out, *more)
+    assert code == 130 and "stopped" in err and "Traceback" not in err
+    assert (tmp_path / "g").exists() == bool(kept)
+    if kept:
+        assert "1 of 10 ways" in err and kept <= {p.name for p in (tmp_path / "g").iterdir()}
+        assert json.loads((tmp_path / "g/report.json").read_text())["complete"] is False
 
 
 def test_run_time_errors_are_one_line_and_exit_1(monkeypatch, capsys, shop, tmp_path):
@@ -207,7 +264,7 @@ def test_ctrl_c_keeps_the_pictures_so_far(shop, tmp_path):
     while not (tmp_path / "g").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(1)
+    time.sleep(3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "unfinished.png" in err

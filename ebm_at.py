@@ -1647,7 +1647,8 @@ class OverfittingMonitor:
 
     co_gap: float = 0.12  # CO: single-step accuracy exceeds PGD accuracy by that much ...
     co_ratio: float = 0.35  # ... PGD keeps less than that share of it (healthy: .5 and more) ...
-    co_fall: float = 0.60  # ... and has fallen below this share of its own best
+    co_fall: float = 0.60  # ... and has fallen below this share of its own best,
+    co_never: tuple = (0.5, 0.1)  # or never rose: single-step above .5, PGD below a tenth of that
     ro_drop: float = 0.04  # RO: PGD accuracy lies that far below its best, and 1.5 standard errors
     ro_rise: float = 0.05  # ... while training accuracy has risen by that much since
     ro_window: int = 3  # both as means over that many epochs: one epoch is too noisy to judge by
@@ -1664,12 +1665,10 @@ class OverfittingMonitor:
         """
         pgd_acc, single = found["pgd_acc"], max(found["fgsm_acc"], train_adv_acc)
         self.best = max(self.best, pgd_acc)
-        struck = (
-            single - pgd_acc >= self.co_gap
-            and pgd_acc <= self.co_ratio * single
-            and pgd_acc <= self.co_fall * self.best
-        )
-        if not struck:
+        apart = single - pgd_acc >= self.co_gap and pgd_acc <= self.co_ratio * single
+        fallen = pgd_acc < self.co_fall * self.best
+        never = single >= self.co_never[0] and pgd_acc <= self.co_never[1] * single
+        if not (apart and (fallen or never)):
             return ""
         return (
             f"Catastrophic overfitting struck at {when}: PGD accuracy fell to {pgd_acc:.1%}"

@@ -236,6 +236,13 @@ def test_monitor_calls_collapse_catastrophic_and_names_the_numbers():
         assert part in reason
 
 
+def test_monitor_calls_a_model_that_never_was_robust_but_masters_its_own_attack():
+    """At a large eps the collapse may come before the first measurement."""
+    monitor = ebm_at.OverfittingMonitor()
+    assert not monitor.catastrophic(found(0.45, 0.01), "epoch 1")
+    assert "epoch 2" in monitor.catastrophic(found(0.7, 0.01), "epoch 2")
+
+
 def test_monitor_believes_the_training_attack_where_fgsm_in_eval_mode_misses_the_collapse():
     monitor = ebm_at.OverfittingMonitor()
     assert not monitor.catastrophic(found(0.25, 0.20), "epoch 4", train_adv_acc=0.3)
@@ -249,6 +256,7 @@ def test_monitor_believes_the_training_attack_where_fgsm_in_eval_mode_misses_the
         [(0.25, 0.19), (0.28, 0.20), (0.45, 0.22)],  # FGSM runs ahead, PGD holds
         [(0.25, 0.20), (0.12, 0.09), (0.24, 0.19)],  # a bad epoch for both
         [(0.10, 0.10), (0.10, 0.0), (0.09, 0.0)],  # an untrained model that answers one class
+        [(0.15, 0.0), (0.16, 0.0), (0.2, 0.0)],  # PGD accuracy that never was cannot fall
     ],
 )
 def test_monitor_keeps_quiet_on_healthy_runs(history):
@@ -282,6 +290,15 @@ class Collapsing(ebm_at.Trainer):
             bad = self.epoch >= self.strike and not self.config.der
             measured |= found(0.6, 0.0, 3.0) if bad else found(0.3, 0.2 + 0.001 * self.epoch)
         return measured
+
+
+def test_verdict_says_when_nothing_was_learnt(data):
+    """No accuracy to lose is no overfitting, but a green "healthy" alone would mislead."""
+    config = ebm_at.recipe(**TINY | dict(lr=1e-7))
+    trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+    list(trainer.run())
+    verdict, reason = trainer.verdict()
+    assert verdict == "healthy" and "no better than guessing" in reason
 
 
 def test_no_alarm_while_eps_still_grows(data):

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -89,6 +90,13 @@ def absolute(dataset):
     return os.path.abspath(dataset) if is_path else dataset
 
 
+def use_data(config, dataset, data_dir):
+    """Puts the data that were named into `config`; another set than its own is taken whole."""
+    if dataset and absolute(dataset) != config.dataset:
+        config.dataset, config.limit = absolute(dataset), 0
+    config.data_dir = data_dir or config.data_dir
+
+
 def config_from(settings, preset):
     """The Config of the options that were given, over the preset's, over the recipe's."""
     given = {k: v for k, v in settings.items() if v is not None}
@@ -117,21 +125,18 @@ def claim_folder(out, beside, stem):
 
     Raises: RunError when it is in use or cannot be made.
     """
-    folder, n = Path(out) if out else None, 0
-    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"'{folder}' exists: nothing was touched; name a new folder with --out")
-    try:
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-        while not folder:
-            n += 1
-            with contextlib.suppress(FileExistsError):
-                Path(beside, f"{stem}-{n}").mkdir(parents=True)
-                folder = Path(beside, f"{stem}-{n}")
-    except OSError as error:
-        where, reason = folder or Path(beside, f"{stem}-{n}"), error.strerror
-        raise RunError(f"cannot write to '{where}' ({reason}); name another with --out") from error
-    return folder
+    if out and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
+        raise RunError(f"'{out}' exists: nothing was touched; name a new folder with --out")
+    free = [Path(out)] if out else (Path(beside, f"{stem}-{n}") for n in itertools.count(1))
+    for folder in free:
+        try:
+            folder.mkdir(parents=True, exist_ok=bool(out))
+            return folder
+        except FileExistsError:  # another run's: try the next number
+            continue
+        except OSError as error:
+            reason = f"cannot write to '{folder}' ({error.strerror})"
+            raise RunError(f"{reason}; name another with --out") from error
 
 
 def make_run_folder(config, out):
@@ -491,11 +496,13 @@ def next_command(config, verdict):
     wanted = dataclasses.replace(config, **change)
     usual = ebm_at.recipe(wanted.dataset, wanted.method, epochs=wanted.epochs)
     usual.epochs = ebm_at.recipe(wanted.dataset, wanted.method).epochs
+    if os.path.abspath(usual.data_dir) == os.path.abspath(wanted.data_dir):
+        usual.data_dir = wanted.data_dir  # the same folder, however it is written
     words = ["python cli.py train"]
     for f in dataclasses.fields(Config):
         value = getattr(wanted, f.name)
         same = value == getattr(Config() if f.name in ("dataset", "method") else usual, f.name)
-        if same or value == os.path.abspath("data"):  # data_dir's default, made absolute
+        if same:
             continue
         option = "--" + f.name.replace("_", "-")
         text = f"{value * 255:g}/255" if f.name == "eps" else shlex.quote(str(value))
@@ -566,9 +573,7 @@ def attack(
         raise BadInput(f"--save '{save}': there is no folder '{Path(save).parent}'; make it first")
     where = ebm_at.pick_device(device)
     model, config, path = open_model(checkpoint, model_from, dataset, where)
-    if dataset and absolute(dataset) != config.dataset:
-        config.dataset, config.limit = absolute(dataset), 0
-    config.data_dir = data_dir or config.data_dir
+    use_data(config, dataset, data_dir)
     if norm not in (None, config.norm) and eps is None:
         raise BadInput(f"--norm {norm} needs --eps too: the run's eps is measured in {config.norm}")
     eps, norm = config.eps if eps is None else parse_eps(eps), norm or config.norm
@@ -947,9 +952,7 @@ def data_of(checkpoint, dataset=None, data_dir=None):
         config = Config(**checkpoint["config"])
     except (KeyError, TypeError) as error:
         raise RunError("the checkpoint was made by another version: train it again") from error
-    if dataset and absolute(dataset) != config.dataset:
-        config.dataset, config.limit = absolute(dataset), 0
-    config.data_dir = data_dir or config.data_dir
+    use_data(config, dataset, data_dir)
     data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
     trained_on, channels = checkpoint["classes"], checkpoint["spec"]["in_channels"]
     if data.classes != trained_on or data.x_train.shape[1] != channels:
@@ -1417,7 +1420,7 @@ def main():
     try:
         code = app(arguments, standalone_mode=False)
         if code == 130:  # typer's word for Ctrl-C at a moment that nobody caught
-            fail("stopped before there was anything to keep", code)
+            fail("stopped; what was saved before stays (train goes on with --resume)", code)
     except Stopped:
         code = 130
     except torch.OutOfMemoryError:

@@ -192,6 +192,13 @@ def test_a_model_without_gradients_is_named(place, monkeypatch, capsys):
     assert code == 2 and "no gradient reaches the images" in err and err.count("\n") == 1
 
 
+def test_square_can_attack_a_model_without_gradients(place, monkeypatch, capsys):
+    options = "--model-from strangers:frozen --dataset mine.npz --attacks square".split()
+    code, out, err = run(place, monkeypatch, capsys, *options, *SMALL, "--out", place / "square")
+    assert (code, err) == (0, "") and "no gradient reaches the images" in out
+    assert json.loads((place / "square" / "attack.json").read_text())["complete"] is True
+
+
 def test_ctrl_c_while_looking_for_masking_keeps_the_finished_table(place, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -84,6 +84,25 @@ def fields_as_options(command):
     return command
 
 
+def use_threads(wanted, model):
+    """Sets, and returns, how many threads the CPU works with: `wanted`, or one for small networks.
+
+    Two threads wait for each other by spinning. On a small network they gain little at best, and
+    beside another busy process, or on a virtual machine, they lose several times over. The number
+    is kept in config.json: it changes rounding, and so what a resumed run would repeat.
+    """
+    if wanted < 0:
+        raise BadInput(f"--threads must not be negative, but is {wanted}")
+    wanted = wanted or (1 if model == "small" else torch.get_num_threads())
+    torch.set_num_threads(wanted)
+    return wanted
+
+
+def thread_text(threads):
+    """ "1 CPU thread", "2 CPU threads"."""
+    return f"{threads} CPU thread{'s' * (threads > 1)}"
+
+
 def absolute(dataset):
     """The absolute path of a data set that is a file or a folder; a name stays as it is."""
     is_path = dataset not in ebm_at.DATASETS and os.path.exists(dataset)
@@ -349,6 +368,7 @@ def train(
         config.device = settings["device"] or config.device
     else:
         config = config_from(settings, preset)
+    config.threads = use_threads(config.threads, config.model)
     ebm_at.start_processes(config.device)
     leader = ebm_at.world()[0] == 0
     if not leader:  # one process downloads, the others wait and then find the files
@@ -365,7 +385,8 @@ def train(
         f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
         f" images, eps {eps_text(config.eps, config.norm)} ({config.norm}), {config.model},"
         f" {config.epochs} epochs,"
-        f" {trainer.device} {str(trainer.dtype).removeprefix('torch.')}, seed {config.seed}"
+        f" {trainer.device} {str(trainer.dtype).removeprefix('torch.')},"
+        f" {thread_text(config.threads)}, seed {config.seed}"
     )
     run(trainer, folder if leader else None, display)
     if leader:
@@ -552,6 +573,7 @@ def attack(
     save_png: Annotated[
         Optional[str], typer.Option(help="new folder for the same as 8-bit PNGs")
     ] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one for small, else all")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     precision: Annotated[
         str, typer.Option(help="of the search: auto, bf16, or fp32; judged in fp32 always")
@@ -573,6 +595,7 @@ def attack(
         raise BadInput(f"--save '{save}': there is no folder '{Path(save).parent}'; make it first")
     where = ebm_at.pick_device(device)
     model, config, path = open_model(checkpoint, model_from, dataset, where)
+    threads = use_threads(threads, getattr(model, "spec", {}).get("name"))
     use_data(config, dataset, data_dir)
     if norm not in (None, config.norm) and eps is None:
         raise BadInput(f"--norm {norm} needs --eps too: the run's eps is measured in {config.norm}")
@@ -588,11 +611,12 @@ def attack(
         "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data,
         "split": split, "n": n, "eps": eps, "norm": norm, "suite": names, "steps": steps,
         "queries": queries, "seed": seed, "precision": precision, "device": device_name(where),
+        "threads": threads,
         "torch": torch.__version__,
     }  # fmt: skip
     say(
         f"{told['checkpoint']} on {n} {split} images of {data}, eps {eps_text(eps, norm)}"
-        f" ({norm}), {told['device']}",
+        f" ({norm}), {told['device']}, {thread_text(threads)}",
         quiet,
     )
     settings = {"queries": queries} | ({"steps": steps} if steps else {})
@@ -1250,6 +1274,7 @@ def generate(
     data_dir: Annotated[Optional[str], typer.Option(help="default: the checkpoint's")] = None,
     seed: Annotated[int, typer.Option(help="same seed, same pictures")] = 0,
     batch_size: Annotated[int, typer.Option(help="images per call of the model")] = 500,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: one for small, else all")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16, or fp32")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but the result")] = False,
@@ -1279,6 +1304,7 @@ def paint(path, folder, settings, console):
     """What generate does once its options are known to fit together: see there."""
     device, n = ebm_at.pick_device(settings["device"]), settings["per_class"]
     model, loaded = ebm_at.load_model(path, device)
+    threads = use_threads(settings["threads"], model.spec["name"])
     config, data = data_of(loaded, settings["dataset"], settings["data_dir"])
     wanted = pick_classes(settings["classes"], data.classes)
     if settings["metrics"] and n * len(wanted) < 2:
@@ -1286,7 +1312,8 @@ def paint(path, folder, settings, console):
     dtype = ebm_at.pick_precision(settings["precision"], device)
     console.print(f"{path}: {config.method}{' + DER' * config.der} on {data.name}, epoch"
                   f" {loaded['epoch']}; {n} images of each of {len(wanted)} classes, {device}"
-                  f" {str(dtype).removeprefix('torch.')}, seed {settings['seed']}",
+                  f" {str(dtype).removeprefix('torch.')}, {thread_text(threads)},"
+                  f" seed {settings['seed']}",
                   soft_wrap=True)  # fmt: skip
     began, batch_size = time.perf_counter(), settings["batch_size"]
     pca = fitted_pca(path.parent / "pca.pt", data, settings["components"], device)
@@ -1302,7 +1329,7 @@ def paint(path, folder, settings, console):
     report = {"settings": settings, "dataset": data.name, "method": config.method,
               "der": config.der, "epoch": loaded["epoch"], "prepare_seconds": prepared,
               "device": device_name(device), "precision": str(dtype).removeprefix("torch."),
-              "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+              "threads": threads, "torch": torch.__version__}  # fmt: skip
     judged = None
     if settings["metrics"]:
         weights, most = settings["inception_weights"], settings["reference"]

@@ -105,7 +105,7 @@ class Config:
     val_fraction: float = _opt(0.1, "Data", "share of train held out, to choose 'best' on")
     augment: str = _opt("none", "Data", "none, crop (pad 4), or crop-flip, on the fly")
     model: str = _opt("small", "Model", "small, preactresnet18, wrn-28-10, or wrn-34-10")
-    width: int = _opt(16, "Model", "channels of the first stage of the small model")
+    width: int = _opt(16, "Model", "channels of the first stage of the small model, at least 8")
     method: str = _opt("fgsm", "Method", "none, fgsm, rs-fgsm, n-fgsm, pgd, trades, mart, weat-nat,"
                        " weat-adv")
     eps: float = _opt(20 / 255, "Method", "radius of the attack's ball; write 8/255")
@@ -135,6 +135,7 @@ class Config:
     test_size: int = _opt(0, "Overfitting", "test images that judge last and best; 0 = all")
     seed: int = _opt(0, "Machine", "weights, order, augmentation and noise follow from it")
     device: str = _opt("auto", "Machine", "auto, cpu, cuda, cuda:1, mps")
+    threads: int = _opt(0, "Machine", "CPU threads; 0: one for the small model, else all cores")
     precision: str = _opt("auto", "Machine", "auto (bf16 where the hardware has it), bf16, or fp32")
     compile: bool = _opt(False, "Machine", "run the network through torch.compile")
     # fmt: on
@@ -686,10 +687,15 @@ def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None,
     """A fresh network with its normalisation inside.
 
     Args: name, one of MODELS; mean and std, per channel in [0, 1] units (default .5 and .25);
-        width, channels of the first stage, for `small` only.
+        width, channels of the first stage, at least 8; for `small` only.
     Returns: PreActResNet; `.spec` holds what load_model needs to build it again.
+    Raises: BadInput.
     """
     check_choice("model", name, MODELS)
+    if width < 8:
+        # On processors with AVX2 but no AVX-512, torch 2.13's weight gradient of a 1x1, stride-2
+        # convolution of fewer channels writes outside its memory: a crash, or worse, none.
+        raise BadInput(f"width must be at least 8, not {width}")
     layout = {  # widths and depths of the stages, channels and stride of the stem
         "small": ([width, 2 * width, 4 * width, 8 * width], [1] * 4, width, 2),  # .31 M parameters
         "preactresnet18": ([64, 128, 256, 512], [2] * 4, 64, 1),  # 11.17 M
@@ -1779,10 +1785,11 @@ def check_config(config):
         ("attack_bn", ("train", "eval")), ("precision", ("auto", "bf16", "fp32")),
     ):  # fmt: skip
         check_choice(kind, getattr(config, kind), choices)
-    for name in ("epochs", "batch_size", "attack_steps", "width", "probe_size", "probe_every"):
-        if getattr(config, name) < 1:
-            raise BadInput(f"{name} must be at least 1, not {getattr(config, name)}")
-    for name in ("eps_warmup", "beta", "method_beta", "grad_align", "awp", "weight_decay", "limit",
+    least = dict.fromkeys(("epochs", "batch_size", "attack_steps", "probe_size", "probe_every"), 1)
+    for name, smallest in (least | {"width": 8}).items():  # width: see make_model
+        if getattr(config, name) < smallest:
+            raise BadInput(f"{name} must be at least {smallest}, not {getattr(config, name)}")
+    for name in ("threads", "eps_warmup", "beta", "method_beta", "grad_align", "awp", "weight_decay", "limit",
                  "test_size", "seed"):  # fmt: skip
         if not 0 <= getattr(config, name) < math.inf:
             raise BadInput(

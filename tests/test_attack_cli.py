@@ -56,7 +56,7 @@ def place(tmp_path_factory):
     np.savez(folder / "mine.npz", **arrays)
     data = ebm_at.load_data(str(folder / "mine.npz"))
     settings = dict(
-        model="small", width=4, epochs=1, eps=8 / 255, limit=60, device="cpu", batch_size=20
+        model="small", width=8, epochs=1, eps=8 / 255, limit=60, device="cpu", batch_size=20
     )
     config = ebm_at.recipe(str(folder / "mine.npz"), "fgsm", **settings)
     trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
@@ -74,11 +74,11 @@ def place(tmp_path_factory):
     (folder / "cut.pt").write_bytes(best.read_bytes()[:5000])
     (folder / "page.pt").write_text("<html>404 not found</html>")
     (folder / "evil.pt").write_bytes(pickle.dumps(os.getcwd))
-    wide = checkpoint | {"spec": checkpoint["spec"] | {"width": 8}}
+    wide = checkpoint | {"spec": checkpoint["spec"] | {"width": 16}}
     torch.save(wide, folder / "wide.pt")
-    grey = ebm_at.make_model("small", 3, 1, width=4)
+    grey = ebm_at.make_model("small", 3, 1, width=8)
     torch.save(checkpoint | {"spec": grey.spec, "model": grey.state_dict()}, folder / "grey.pt")
-    two = ebm_at.make_model("small", 2, 3, width=4)
+    two = ebm_at.make_model("small", 2, 3, width=8)
     torch.save(checkpoint | {"spec": two.spec, "model": two.state_dict()}, folder / "two.pt")
     broken = {k: v * math.nan if v.is_floating_point() else v for k, v in two.state_dict().items()}
     torch.save(checkpoint | {"spec": two.spec, "model": broken}, folder / "nan.pt")

@@ -21,7 +21,7 @@ import cli
 import ebm_at
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = "--limit 60 --batch-size 20 --epochs 2 --width 4 --probe-size 20 --test-size 20 --device cpu".split()
+QUICK = "--limit 60 --batch-size 20 --epochs 2 --width 8 --probe-size 20 --test-size 20 --device cpu".split()
 
 
 def run(*arguments, cwd, **environment):

@@ -36,7 +36,7 @@ def shop(tmp_path_factory):
         np.savez(folder / f"{name}.npz", **arrays)
     run = folder / "runs" / "a"
     run.mkdir(parents=True)
-    config = ebm_at.recipe(str(folder / "data.npz"), "fgsm", model="small", width=4, epochs=2,
+    config = ebm_at.recipe(str(folder / "data.npz"), "fgsm", model="small", width=8, epochs=2,
                            batch_size=16, probe_size=8, augment="none", device="cpu")  # fmt: skip
     data = ebm_at.load_data(config.dataset)
     list(ebm_at.train(config, data, folder=run))
@@ -186,7 +186,7 @@ def test_two_runs_never_get_the_same_folder(tmp_path):
 
 def test_a_judge_of_other_channels_is_refused(monkeypatch, capsys, shop, tmp_path):
     judge = ebm_at.load_checkpoint(shop / "runs/a/best.pt")
-    coloured = ebm_at.make_model("small", 3, 3, width=4)
+    coloured = ebm_at.make_model("small", 3, 3, width=8)
     torch.save(judge | {"spec": coloured.spec, "model": coloured.state_dict()}, tmp_path / "j.pt")
     code, _, err = generate(monkeypatch, capsys, shop, "--judge", tmp_path / "j.pt")
     assert code == 2 and "trained on other images" in err and err.count("\n") == 1

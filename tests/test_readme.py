@@ -22,7 +22,7 @@ COMMANDS = [
     for line in text.splitlines()
     if not language and "cli.py" in line
 ]
-SMALL = "--epochs 1 --width 4 --batch-size 20 --probe-size 20 --test-size 20 --model small --quiet"
+SMALL = "--epochs 1 --width 8 --batch-size 20 --probe-size 20 --test-size 20 --model small --quiet"
 
 
 def test_snippets_run_in_order(capsys):
@@ -96,7 +96,7 @@ def test_command_runs(command, tmp_path):
 def test_command_resumes(tmp_path):
     (command,) = [c for c in COMMANDS if "--resume" in c]
     folder = tmp_path / shlex.split(command)[-1]
-    config = ebm_at.recipe(epochs=1, width=4, limit=100, batch_size=20, probe_size=20, test_size=20)
+    config = ebm_at.recipe(epochs=1, width=8, limit=100, batch_size=20, probe_size=20, test_size=20)
     folder.mkdir(parents=True)
     data = ebm_at.load_data("shapes", limit=100)
     ebm_at.Trainer(config, data, ebm_at.build_model(config, data)).save(folder)

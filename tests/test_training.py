@@ -9,7 +9,7 @@ import torch
 
 import ebm_at
 
-TINY = dict(width=4, batch_size=20, epochs=3, probe_size=20, precision="fp32", device="cpu")
+TINY = dict(width=8, batch_size=20, epochs=3, probe_size=20, precision="fp32", device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -214,7 +214,7 @@ def draw_curves(folder, rows):
     left.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
     for key, label, style in (
         ("delta_energy_pgd", "PGD, test", "-o"),
-        ("train_delta_energy", "PGD, train", "--"),
+        ("train_delta_energy_pgd", "PGD, train", "--"),
         ("delta_energy_fgsm", "FGSM, test", ":"),
         ("abs_delta_energy_pgd", "PGD, test, |.|", "-."),
     ):

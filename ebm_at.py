@@ -112,13 +112,15 @@ class Config:
     eps_warmup: float = _opt(3.0, "Method", "epochs over which eps grows linearly from 0")
     norm: str = _opt("linf", "Method", "linf or l2: how the ball is measured")
     attack_steps: int = _opt(10, "Method", "steps of the training attack (multi-step methods)")
-    attack_bn: str = _opt("eval", "Method", "BatchNorm inside the training attack: eval or train")
+    attack_bn: str = _opt("train", "Method", "BatchNorm inside the training attack: eval or train")
     method_beta: float = _opt(6.0, "Method", "weight of the KL term of trades, mart and weat")
     der: bool = _opt(False, "Regularizers", "add the Delta Energy Regularizer")
-    beta: float = _opt(8.0, "Regularizers", "weight of DER: 8 held at eps 20/255 here and at"
-                       " 16/255 on CIFAR-10, where 2 failed; grow it with eps and epochs, but too"
-                       " large it stops learning")
-    der_power: int = _opt(1, "Regularizers", "1: mean |dE|; 2: mean dE^2")
+    beta: float = _opt(1.5, "Regularizers", "weight of DER, in loss per nat of delta energy")
+    gamma: float = _opt(0.0, "Regularizers", "delta energy that DER leaves alone, in nats")
+    der_on: str = _opt("all", "Regularizers", "which images DER presses: all, or abnormal (AAEs)")
+    der_from: float = _opt(0.0, "Regularizers", "share of the epochs after which DER is on")
+    der_ramp: float = _opt(1.0, "Regularizers", "share of the epochs over which beta then grows"
+                           " linearly to its value; 0: at once")
     grad_align: float = _opt(0.0, "Regularizers", "weight of GradAlign; 0 = off")
     awp: float = _opt(0.0, "Regularizers", "gamma of adversarial weight perturbation; 0 = off")
     epochs: int = _opt(20, "Optimisation", "passes over the training images")
@@ -743,6 +745,32 @@ def delta_energy(logits, logits_adv, y=None):
     if y is None:
         return energy_x(logits) - energy_x(logits_adv)
     return energy_xy(logits, y) - energy_xy(logits_adv, y)
+
+
+def delta_energy_norm(logits, logits_adv, y):
+    """(E6) dE(x, x*, y) = sqrt(dE(x)^2 + dE(x, y)^2): how far an attack moves BOTH energies. (N,).
+
+    Why both: softmax ignores a number c(x) added to all logits of an image, so a network can set
+    E(x), and with it dE(x) alone, to anything without predicting otherwise. Together they bound
+    what it predicts: the attack changes the cross-entropy by dE(x) - dE(x, y), and
+    |a - b| <= sqrt(2) sqrt(a^2 + b^2), so |CE(x*) - CE(x)| <= sqrt(2) dE(x, x*, y).
+
+    Args as for delta_energy. Where both are 0 the root has no slope; its gradient is then 0.
+    Source: equation (7) of Mirza et al. 2025, as a public reimplementation gives it.
+    """
+    both = torch.stack([delta_energy(logits, logits_adv), delta_energy(logits, logits_adv, y)])
+    return both.norm(dim=0)  # torch gives the norm of zeros a zero gradient, sqrt would give NaN
+
+
+def abnormal(logits, logits_adv, y):
+    """Which x* are abnormal adversarial examples (AAEs): the attack LOWERED their loss. (N,) bool.
+
+    CE(x*) < CE(x) is E(x*, y) - E(x*) < E(x, y) - E(x), that is dE(x, y) > dE(x): the attack made
+    the image with its label likelier by more than it made the image likelier. A step uphill that
+    leads down has met a landscape bent within the ball, which is what catastrophic overfitting is.
+    Source: Lin, Yu & Liu 2023 (AAER).
+    """
+    return delta_energy(logits, logits_adv, y) > delta_energy(logits, logits_adv)
 
 
 # ==== 5. Attacks: pure functions of (model, x, y, eps) ============================================
@@ -1459,21 +1487,27 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
 # ==== 6. What training minimises: the losses, DER, and the baselines it is compared with ==========
 
 
-def der(logits, logits_adv, power=1):
-    """(E17) Delta Energy Regularizer: mean over the batch of |E(x) - E(x*)|^power. A scalar.
+def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
+    """(E17) Delta Energy Regularizer: mean of max(0, dE(x, x*, y) - gamma). A scalar.
 
-    Added to the loss of any method as beta * der. Gradients flow through BOTH energies: the energy
+    Added to the loss of any method as beta * der. Gradients flow through all FOUR energies: the
     landscape is flattened between x and x*, it is not only x* that is pulled towards x.
 
-    Why it helps. A model under catastrophic overfitting carves narrow energy wells around the one
-    point where single-step training looks; a few PGD steps fall into them (or end on the peaks
-    between), and |dE| shoots up. Why |dE| and not dE^2: the square hardly pushes while dE is small,
-    and by the time it is large the collapse has happened. Try it: --der-power 2.
+    Why it helps. Under catastrophic overfitting the loss is bent between x and the one point where
+    single-step training looks: that point alone is made safe, and a few PGD steps beside it are
+    not. A landscape that is flat from x to x* leaves no room for such a bend.
 
-    Args: logits, logits_adv (N, K); power 1 or 2.
-    Source: our reading of Mirza et al. 2025 (see the top of this file).
+    Args:
+        logits, logits_adv (N, K), of the images and of their adversarial twins; y int64 (N,).
+        gamma: change that is left alone, in nats.
+        abnormal_only: mean over the abnormal examples only (see abnormal), 0 where there are none.
+    Source: equation (7) of Mirza et al. 2025, as a public reimplementation gives it.
     """
-    return delta_energy(logits, logits_adv).abs().pow(power).mean()
+    excess = F.relu(delta_energy_norm(logits, logits_adv, y) - gamma)
+    if not abnormal_only:
+        return excess.mean()
+    chosen = abnormal(logits, logits_adv, y)
+    return (excess * chosen).sum() / chosen.sum().clamp_min(1)
 
 
 def adversarial_loss(logits, logits_adv, y, beta):
@@ -1727,10 +1761,13 @@ PRESETS = {
                probe_size=200, test_size=1000, beta=4.0),
 }  # fmt: skip
 REACTIONS = ["continue", "stop", "rollback", "der"]
+# What every step gives away for nothing (see Trainer.step), as means over an epoch.
+TRACKED = ["train_adv_acc", "train_adv_aae", "train_adv_delta_energy", "train_adv_delta_energy_xy"]
 HISTORY = [  # of history.csv; on test images, but for train_... and val_...; energies in nats
-    "epoch", "lr", "train_loss", "train_adv_acc", "clean_acc", "fgsm_acc", "pgd_acc", "val_pgd_acc",
-    "energy", "delta_energy_fgsm", "delta_energy_pgd", "abs_delta_energy_pgd", "train_delta_energy",
-    "verdict", "seconds", "val_fgsm_acc", "val_delta_energy", "probe_seconds",
+    "epoch", "lr", "train_loss", "clean_acc", "fgsm_acc", "pgd_acc", "val_pgd_acc",
+    "energy", "delta_energy_fgsm", "delta_energy_pgd", "abs_delta_energy_pgd",
+    "train_delta_energy_pgd", "verdict", "seconds", "val_fgsm_acc", "val_delta_energy_pgd",
+    "probe_seconds", *TRACKED,
 ]  # fmt: skip
 
 
@@ -1753,8 +1790,6 @@ def recipe(dataset="shapes", method="fgsm", **given):
         config.epochs, config.batch_size, config.probe_size = 30, 128, 1000
         digits = dataset in ("svhn", "mnist", "fashion-mnist")  # a mirrored digit is another sign
         config.augment = "crop" if digits else "crop-flip"
-        if METHODS[method].start != "gauss":  # as published; trades, mart, weat attack in eval mode
-            config.attack_bn = "train"
         if METHODS[method].multi_step or method == "none":
             config.epochs, config.lr, config.schedule = 200, 0.1, "piecewise"
         elif dataset == "svhn":
@@ -1763,8 +1798,12 @@ def recipe(dataset="shapes", method="fgsm", **given):
             config.lr = 0.3  # its authors' choice, as 2.0 for the weight at 16/255 is
         if method == "mart":
             config.lr, config.weight_decay = 0.01, 3.5e-3
+    if METHODS[method].start == "gauss":  # trades, mart and weat: their authors attack in eval mode
+        config.attack_bn = "eval"
     if method == "mart":
         config.method_beta = 5.0
+    if METHODS[method].multi_step:  # the paper's DER against robust overfitting: late, on all
+        config.beta, config.gamma, config.der_from, config.der_ramp = 6.0, 0.2, 0.8, 0.0
     if given.get("norm") == "l2":
         config.eps = 128 / 255  # 20/255 and 8/255 would be next to nothing
     config = dataclasses.replace(config, **given)
@@ -1782,14 +1821,14 @@ def check_config(config):
     for kind, choices in (
         ("model", MODELS), ("method", METHODS), ("norm", ("linf", "l2")), ("schedule", SCHEDULES),
         ("augment", ("none", "crop", "crop-flip")), ("on_overfit", REACTIONS),
-        ("attack_bn", ("train", "eval")), ("precision", ("auto", "bf16", "fp32")),
+        ("attack_bn", ("train", "eval")), ("der_on", ("all", "abnormal")), ("precision", ("auto", "bf16", "fp32")),
     ):  # fmt: skip
         check_choice(kind, getattr(config, kind), choices)
     least = dict.fromkeys(("epochs", "batch_size", "attack_steps", "probe_size", "probe_every"), 1)
     for name, smallest in (least | {"width": 8}).items():  # width: see make_model
         if getattr(config, name) < smallest:
             raise BadInput(f"{name} must be at least {smallest}, not {getattr(config, name)}")
-    for name in ("threads", "eps_warmup", "beta", "method_beta", "grad_align", "awp", "weight_decay", "limit",
+    for name in ("threads", "eps_warmup", "beta", "gamma", "method_beta", "grad_align", "awp", "weight_decay", "limit",
                  "test_size", "seed"):  # fmt: skip
         if not 0 <= getattr(config, name) < math.inf:
             raise BadInput(
@@ -1799,14 +1838,14 @@ def check_config(config):
         raise BadInput(f"lr must be positive, not {config.lr}")
     if not (0 <= config.momentum < 1 and 0 <= config.ema < 1):
         raise BadInput("momentum and ema must lie in [0, 1)")
+    if not (0 <= config.der_from < 1 and 0 <= config.der_ramp < math.inf):
+        raise BadInput("der_from and der_ramp are shares of the epochs: 0 <= der_from < 1")
     if config.seed >= 2**32:
         raise BadInput(f"seed must be below 2**32, not {config.seed}")
     if config.eps_warmup >= config.epochs:
         raise BadInput(f"eps_warmup {config.eps_warmup:g} never ends within {config.epochs} epochs")
     if config.compile and config.grad_align:
         raise BadInput("grad_align needs second derivatives, which torch.compile lacks: drop one")
-    if config.der_power not in (1, 2):
-        raise BadInput(f"der_power must be 1 or 2, not {config.der_power}")
     if config.norm == "linf" and not 0 < config.eps <= 1:
         hint = f": did you mean {config.eps:g}/255?" if 1 < config.eps < 256 else ", such as 8/255"
         raise BadInput(
@@ -1841,17 +1880,36 @@ def eps_at(config, epochs_done):
     return config.eps * warmth
 
 
-def training_loss(model, x, y, x_adv, noise, config):
+def beta_at(config, progress):
+    """Weight of DER at `progress` in [0, 1) of the whole run: from der_from on, grown over der_ramp.
+
+    Why it grows: early on the network has to learn before there is anything to flatten (beta 2 from
+    the start learns nothing on shapes), and collapse threatens late.
+    """
+    if not config.der or progress < config.der_from:
+        return 0.0
+    since = progress - config.der_from
+    return config.beta * (min(1.0, since / config.der_ramp) if config.der_ramp else 1.0)
+
+
+def training_loss(model, x, y, x_adv, noise, beta, config):
     """Everything that is minimised: the method's loss plus the regularizers that are switched on.
 
+    Args: beta, the weight of DER at this step, 0 where it is off.
     Returns: the loss (scalar) and the logits of x_adv (N, K).
     """
     method = METHODS[config.method]
-    logits = model(x) if method.needs_clean or config.der else None
+    logits = model(x) if method.needs_clean or beta else None
     logits_adv = model(x_adv)
     loss = method.loss(logits, logits_adv, y, config.method_beta)
-    if config.der:
-        loss = loss + config.beta * der(logits, logits_adv, config.der_power)
+    if beta:
+        penalty = der(logits, logits_adv, y, config.gamma, config.der_on == "abnormal")
+        if config.der_on == "abnormal" and dist.is_initialized():
+            # Each process has met other AAEs: its mean counts by its share of all of them.
+            own = abnormal(logits, logits_adv, y).sum().float()
+            sum_over_processes([everywhere := own.clone()])
+            penalty = penalty * own * world()[1] / everywhere.clamp_min(1)
+        loss = loss + beta * penalty
     if config.grad_align:
         with attack_mode(model, "train"):
             loss = loss + config.grad_align * grad_align(model, x, y, noise)
@@ -2017,10 +2075,11 @@ class Trainer:
     def step(self, rows, generator, at):
         """One step of SGD on the images `rows` (of the global batch), `at` a fraction of the run.
 
-        Returns: (loss, number of x* classified correctly), tensors: reading them would stall a GPU.
+        Returns: the loss and the means of TRACKED, a tensor: reading it would stall a GPU.
         """
         config, model = self.config, self.net
         epochs_done = at * config.epochs
+        beta = beta_at(config, at)
         eps = eps_at(config, epochs_done)
         x = as_pixels(augment(self.data.x_train[rows], config.augment, generator))
         start = share(attack_start(x, config.method, eps, config.norm, generator))
@@ -2031,10 +2090,14 @@ class Trainer:
             """The loss and the logits of x*, in an autocast context of its own: it remembers the
             weights it has cast until it is left, and AWP moves them between two calls."""
             with autocast(self.device, self.dtype):
-                return training_loss(model, x, y, x_adv, noise, config)
+                return training_loss(model, x, y, x_adv, noise, beta, config)
 
-        with autocast(self.device, self.dtype):
-            x_adv = training_attack(model, x, y, start, eps, config)
+        # The attack's first look at the model is at its start (TRADES' at x), the loss's is at x*:
+        # what the attack does to the energies, where it trains, costs nothing to know.
+        seen = []
+        with model.register_forward_hook(lambda m, i, logits: seen.append(logits.detach())):
+            with autocast(self.device, self.dtype):
+                x_adv = training_attack(model, x, y, start, eps, config)
         self.optimizer.zero_grad()
         shift = adversarial_weights(model, lambda: objective()[0], config.awp)
         with shift if config.awp else contextlib.nullcontext():
@@ -2049,7 +2112,11 @@ class Trainer:
         self.optimizer.step()
         if self.ema:
             self.average_weights(round(epochs_done * self.steps) + 1)
-        return loss.detach(), (logits_adv.argmax(1) == y).sum()
+        with torch.no_grad():
+            pair = (seen[0] if seen else logits_adv), logits_adv
+            tracked = [logits_adv.argmax(1) == y, abnormal(*pair, y), delta_energy(*pair),
+                       delta_energy(*pair, y)]  # fmt: skip
+            return torch.stack([loss.detach(), *(t.float().mean() for t in tracked)])
 
     @torch.no_grad()
     def average_weights(self, steps):
@@ -2074,46 +2141,45 @@ class Trainer:
         on_cpu = torch.Generator().manual_seed(seed)  # one order of the images on every device
         order = torch.randperm(len(self.data.x_train), generator=on_cpu).to(self.device)
         generator = torch.Generator(self.device).manual_seed(seed)
-        losses, correct = [], []
+        steps = []  # loss and TRACKED of each: (1 + 4,)
         self.model.train()
         for i in range(self.steps):
             rows = order[i * config.batch_size : (i + 1) * config.batch_size]
             at = (self.epoch + i / self.steps) / config.epochs
-            loss, hits = self.step(rows, generator, at)
-            losses.append(loss)
-            correct.append(hits)
+            steps.append(self.step(rows, generator, at))
             if on_progress:
                 on_progress(self.epoch, i + 1, self.steps)
             done = i + 1  # CO strikes within an epoch
             if done % config.probe_every == 0 and done < self.steps:
-                self.check_losses(losses)
+                self.mean_step(steps)
                 found = self.probe("val", min(200, config.probe_size))  # few: it must stay cheap
                 yield from self.react(found, f"epoch {self.epoch + 1}, step {i + 1}")
                 if self.finished:
                     return
-        loss = self.check_losses(losses)
+        row = self.mean_step(steps)
         self.epoch += 1
-        totals = [torch.stack(correct).sum().float()]
-        sum_over_processes(totals)
-        train_adv_acc = totals[0].item() / (self.steps * config.batch_size)
-        yield from self.measure(loss, train_adv_acc, began)
+        yield from self.measure(row, began)
 
-    def check_losses(self, losses):
-        """Mean of the epoch's losses so far; refuses to go on once one of them is not finite."""
-        totals = torch.stack(losses).float()
+    def mean_step(self, steps):
+        """The epoch's means so far, as columns of HISTORY; refuses to go on once a loss is NaN."""
+        totals = torch.stack(steps)
         sum_over_processes([totals])
         totals = (totals / world()[1]).cpu().double()
-        for step in (~totals.isfinite()).nonzero()[:1, 0].tolist():
-            self.diverged(f"the loss became {totals[step]} at step {step + 1} of", self.epoch + 1)
-        return totals.mean().item()
+        for step in (~totals[:, 0].isfinite()).nonzero()[:1, 0].tolist():
+            loss = totals[step, 0]
+            self.diverged(f"the loss became {loss} at step {step + 1} of", self.epoch + 1)
+        return dict(zip(["train_loss", *TRACKED], totals.mean(0).tolist()))
 
     def diverged(self, what, epoch):
         """Raises the RunError of a run that cannot go on."""
         raise RunError(f"{what} epoch {epoch}; the last good checkpoint is kept; try a lower lr or"
                        " beta, or precision fp32")  # fmt: skip
 
-    def measure(self, loss, train_adv_acc, began):
-        """Measures all splits, asks the monitor, keeps the best; yields alarms and the row."""
+    def measure(self, means, began):
+        """Measures all splits, asks the monitor, keeps the best; yields alarms and the row.
+
+        means: the epoch's train_loss and TRACKED.
+        """
         config = self.config
         lr = self.optimizer.param_groups[0]["lr"]  # before a rescue puts an older optimiser back
         val = self.probe("val", config.probe_size)  # the verdict rests on it: the largest
@@ -2121,15 +2187,14 @@ class Trainer:
         train = self.probe("train", math.ceil(config.probe_size / 4))
         if not math.isfinite(val["energy"]):
             self.diverged("the weights became non-finite in", self.epoch)
-        alarms = list(self.react(val, f"epoch {self.epoch}", train_adv_acc))
+        alarms = list(self.react(val, f"epoch {self.epoch}", means["train_adv_acc"]))
         accuracy = val["clean_acc" if config.method == "none" else "pgd_acc"]
         if not alarms and accuracy > self.best["accuracy"]:
             self.best = {"accuracy": accuracy, "epoch": self.epoch, **self.snapshot()}
-        row = test | {
-            "epoch": self.epoch, "lr": lr, "train_loss": loss, "train_adv_acc": train_adv_acc,
-            "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
-            "val_delta_energy": val["delta_energy_pgd"], "verdict": self.verdict_now,
-            "train_delta_energy": train["delta_energy_pgd"], "probe_seconds": self.probing,
+        row = test | means | {
+            "epoch": self.epoch, "lr": lr, "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
+            "val_delta_energy_pgd": val["delta_energy_pgd"], "verdict": self.verdict_now,
+            "train_delta_energy_pgd": train["delta_energy_pgd"], "probe_seconds": self.probing,
             "seconds": time.perf_counter() - began - self.probing,
         }  # fmt: skip
         self.history.append({k: row[k] for k in HISTORY})
@@ -2167,6 +2232,7 @@ class Trainer:
             # DER's full weight at a high learning rate would undo what was learnt: the schedule
             # starts anew, over the epochs that are left.
             self.config.der, self.schedule_start = True, self.epoch
+            self.config.der_from = 0.0  # now, not late
             self.monitor = OverfittingMonitor()
         self.finished = action in ("stop", "rollback")
         self.alarms.append({"kind": "alarm", "verdict": verdict, "epoch": self.epoch, "when": when,
@@ -2204,7 +2270,7 @@ class Trainer:
         return "healthy", (
             f"{rescue}Healthy: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
             f" (best {self.best['accuracy']:.1%}), FGSM accuracy {last['val_fgsm_acc']:.1%},"
-            f" delta energy under PGD {last['val_delta_energy']:+.2f}"
+            f" delta energy under PGD {last['val_delta_energy_pgd']:+.2f}"
             f"{'; but no better than guessing: train longer' * guessing}"
         )
 

@@ -324,7 +324,7 @@ def test_two_processes_give_the_history_of_one(tmp_path):
     options = "train --limit 40 --batch-size 40 --epochs 3 --width 8 --probe-size 100".split()
     options += "--test-size 100 --device cpu --precision fp32 --augment crop-flip".split()
     options += "--schedule constant --lr 0.02 --method rs-fgsm --norm l2 --eps 0.5".split()
-    options += "--der --der-power 2 --beta 1".split()
+    options += "--der --beta 1 --der-ramp 0".split()
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher in (("one", [sys.executable]), ("two", torchrun)):
@@ -380,9 +380,9 @@ def test_a_preset_never_lends_its_l_inf_eps_to_l2():
     [
         (dict(), "CO", "--der"),
         (dict(der=True), "healthy", "--method pgd"),
-        (dict(der=True), "CO", "--der --beta 16.0"),
+        (dict(der=True), "CO", "--der --beta 3.0"),
         (dict(der=True), "RO", "--der --ema 0.998"),
-        (dict(der=True, ema=0.998), "RO", "--der --beta 16.0 --ema 0.998"),
+        (dict(der=True, ema=0.998), "RO", "--der --beta 3.0 --ema 0.998"),
         (dict(data_dir="/my data"), "CO", "--data-dir '/my data' --der"),
     ],
 )

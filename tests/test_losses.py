@@ -1,6 +1,7 @@
 """The training losses, each against its formula written out per image in float64 NumPy."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -9,8 +10,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ebm_at import (
+    abnormal,
     adversarial_loss,
     adversarial_weights,
+    delta_energy,
+    delta_energy_norm,
     der,
     grad_align,
     mart_loss,
@@ -43,39 +47,86 @@ def rows(logits, twin, y):
         yield f, f_adv, label, p, q, sum(a * np.log(a / b) for a, b in zip(p, q))
 
 
-@pytest.mark.parametrize("power", [1, 2])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_der_is_the_mean_delta_energy(seed, power):
-    logits, twin, y = draw(seed)
+def four_energies(f, f_adv, label):
+    """(dE(x), dE(x, y)) of one image, in float64 NumPy."""
+    return -np.log(np.exp(f).sum()) + np.log(np.exp(f_adv).sum()), f_adv[label] - f[label]
+
+
+def der_in_numpy(logits, twin, y, gamma=0.0, abnormal_only=False):
+    """Equation (7), image by image, with the loss itself (not energies) to tell what is abnormal."""
     terms = []
-    for f, f_adv, *_ in rows(logits, twin, y):
-        delta = -np.log(np.exp(f).sum()) + np.log(np.exp(f_adv).sum())
-        terms.append(abs(delta) ** power)
-    assert der(logits, twin, power).item() == pytest.approx(np.mean(terms), rel=1e-4)
-    assert der(logits, logits.clone(), power).item() == 0
+    for f, f_adv, label, p, q, _ in rows(logits, twin, y):
+        excess = max(0.0, np.hypot(*four_energies(f, f_adv, label)) - gamma)
+        if not abnormal_only or -np.log(q[label]) < -np.log(p[label]):
+            terms.append(excess)
+    return np.mean(terms) if terms else 0.0
 
 
-def test_der_pushes_on_both_energies():
-    """For one image |dE| has the slopes -sign(dE) p(.|x) in f(x) and sign(dE) p(.|x*) in f(x*)."""
-    logits, twin, _ = (t[:1] for t in draw(1))
-    logits.requires_grad_(True), twin.requires_grad_(True)
-    delta = (twin.logsumexp(1) - logits.logsumexp(1)).item()
-    g, g_adv = torch.autograd.grad(der(logits, twin), (logits, twin))
-    torch.testing.assert_close(g, -np.sign(delta) * logits.softmax(1).detach())
-    torch.testing.assert_close(g_adv, np.sign(delta) * twin.softmax(1).detach())
-    g, g_adv = torch.autograd.grad(der(logits, twin, 2), (logits, twin))
-    torch.testing.assert_close(g, -2 * delta * logits.softmax(1).detach(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(g_adv, 2 * delta * twin.softmax(1).detach(), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("seed", SEEDS)
+def test_der_is_equation_7(seed):
+    logits, twin, y = draw(seed)
+    for gamma in (0.0, 0.7):
+        for only in (False, True):
+            expected = der_in_numpy(logits, twin, y, gamma, only)
+            assert der(logits, twin, y, gamma, only).item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_der_pushes_hardest_where_it_is_needed_early():
-    """Why |dE| is the default: near 0 its gradient keeps its size, that of the square vanishes."""
-    logits = torch.zeros(1, 4, requires_grad=True)
-    near = logits.detach() + 1e-3
-    (g1,) = torch.autograd.grad(der(logits, near, 1), logits)
-    (g2,) = torch.autograd.grad(der(logits, near, 2), logits)
-    assert g1.abs().sum().item() == pytest.approx(1.0, rel=1e-4)
-    assert g2.abs().sum().item() == pytest.approx(2e-3, rel=1e-2)
+@pytest.mark.parametrize("only", [False, True])
+def test_the_gradient_of_der_is_that_of_equation_7(only):
+    """Against finite differences of the NumPy formula, in every logit of x and of x*."""
+    logits, twin, y = (t.double() if t.is_floating_point() else t for t in draw(2))
+    slopes = torch.autograd.grad(
+        der(a := logits.clone().requires_grad_(), b := twin.clone().requires_grad_(), y, 0.3, only),
+        (a, b),
+    )
+    for which, slope in enumerate(slopes):
+        for i in np.ndindex(*logits.shape):
+            values = []
+            for h in (1e-5, -1e-5):
+                pair = [logits.clone(), twin.clone()]
+                pair[which][i] += h
+                values.append(der_in_numpy(*pair, y, 0.3, only))
+            assert slope[i].item() == pytest.approx((values[0] - values[1]) / 2e-5, abs=2e-4)
+
+
+@pytest.mark.parametrize("only", [False, True])
+def test_der_has_no_gradient_where_nothing_moves(only):
+    """The root of 0 has an infinite slope; what reaches the weights must be 0, not NaN."""
+    logits, _, y = draw(1)
+    twin = logits.clone().requires_grad_()
+    value = der(logits.requires_grad_(), twin, y, abnormal_only=only)
+    assert value.item() == 0
+    for slope in torch.autograd.grad(value, (logits, twin)):
+        assert (slope == 0).all()
+
+
+def test_cross_entropy_cannot_move_without_der_seeing_it():
+    """|CE(x*) - CE(x)| <= sqrt(2) dE(x, x*, y), reached when dE(x) = -dE(x, y)."""
+    g = torch.Generator().manual_seed(0)
+    logits, twin = torch.randn(2, 5000, 6, generator=g).mul(4).double()
+    y = torch.randint(6, (5000,), generator=g)
+    moved = F.cross_entropy(twin, y, reduction="none") - F.cross_entropy(logits, y, reduction="none")
+    share = moved.abs() / delta_energy_norm(logits, twin, y)
+    assert share.max().item() <= math.sqrt(2) + 1e-5
+    assert share.max().item() > 1.4  # the constant is not too generous
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_abnormal_means_that_the_attack_lowered_the_loss(seed):
+    logits, twin, y = draw(seed)
+    expected = [-np.log(q[label]) < -np.log(p[label]) for _, _, label, p, q, _ in rows(logits, twin, y)]
+    assert abnormal(logits, twin, y).tolist() == expected
+
+
+def test_a_shift_of_all_logits_moves_the_energy_but_not_the_prediction():
+    """Why DER needs both energies: a shift can hide dE(x) alone, at the price of dE(x, y)."""
+    logits, twin, y = draw(3)
+    delta = delta_energy(logits, twin)
+    shifted = twin - delta[:, None]  # E(x*) becomes E(x): |dE(x)| is blind ...
+    assert delta_energy(logits, shifted).abs().max() < 1e-5 < delta.abs().min()
+    torch.testing.assert_close(F.cross_entropy(shifted, y), F.cross_entropy(twin, y))
+    hidden = F.cross_entropy(shifted, y, reduction="none") - F.cross_entropy(logits, y, reduction="none")
+    torch.testing.assert_close(delta_energy_norm(logits, shifted, y), hidden.abs())  # ... DER is not
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -66,25 +66,30 @@ def test_training_lowers_its_own_loss(data, method):
 
 def test_step_is_sgd_on_the_written_loss(data):
     """One FGSM + DER step against plain autograd and the SGD formula, written out here."""
-    config = ebm_at.recipe(der=True, beta=0.7, eps=8 / 255, eps_warmup=0.0, **TINY)
+    config = ebm_at.recipe(der=True, beta=1.4, der_ramp=0.5, eps=8 / 255, eps_warmup=0.0, **TINY)
     model = ebm_at.build_model(config, data)
     plain = copy.deepcopy(model).train()
     trainer = ebm_at.Trainer(config, data, model)
     trainer.model.train()
     batch, at = torch.arange(20), 0.25
-    loss, _ = trainer.step(batch, torch.Generator().manual_seed(0), at)
+    loss, *tracked = trainer.step(batch, torch.Generator().manual_seed(0), at)
 
     x, y = data.x_train[:20].float() / 255, data.y_train[:20]
     probe = x.clone().requires_grad_(True)
-    plain.eval()  # the demonstration's attack sees the running statistics
-    torch.nn.functional.cross_entropy(plain(probe), y).backward()
-    plain.train().zero_grad()
+    torch.nn.functional.cross_entropy(plain(probe), y).backward()  # with the batch's statistics
+    plain.zero_grad()
     x_adv = (x + 8 / 255 * probe.grad.sign()).clamp(0, 1)
     clean, adv = plain(x), plain(x_adv)
-    expected = torch.nn.functional.cross_entropy(adv, y)
-    expected = expected + 0.7 * (clean.logsumexp(1) - adv.logsumexp(1)).abs().mean()
+    ce = lambda logits: torch.nn.functional.cross_entropy(logits, y, reduction="none")  # noqa: E731
+    dx = adv.logsumexp(1) - clean.logsumexp(1)
+    dxy = adv.gather(1, y[:, None])[:, 0] - clean.gather(1, y[:, None])[:, 0]
+    expected = ce(adv).mean() + 0.7 * (dx**2 + dxy**2).sqrt().mean()  # half of the ramp: beta / 2
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    # What the step tells for nothing (TRACKED) is what a separate computation finds.
+    free = [adv.argmax(1) == y, ce(adv) < ce(clean), dx, dxy]
+    for told, value in zip(tracked, free):
+        assert told.item() == pytest.approx(value.float().mean().item(), abs=1e-5)
     lr = ebm_at.lr_at(config, at)
     for mine, theirs in zip(model.parameters(), plain.parameters()):
         want = theirs.detach() - lr * (theirs.grad + config.weight_decay * theirs.detach())
@@ -216,8 +221,8 @@ def test_best_is_chosen_on_validation_and_saved(data, tmp_path):
     model, checkpoint = ebm_at.load_model(tmp_path / "best.pt")
     best = max(history, key=lambda r: r["val_pgd_acc"])  # max takes the first of equals, as we do
     assert checkpoint["epoch"] == best["epoch"]
-    x, y = data.x_val[:20], data.y_val[:20]
-    found = ebm_at.evaluate(model, x, y, config.eps)
+    chosen = ebm_at.evenly(20, len(data.y_val))  # the images that the epochs were judged by
+    found = ebm_at.evaluate(model, data.x_val[chosen], data.y_val[chosen], config.eps)
     assert found["pgd_acc"] == pytest.approx(best["val_pgd_acc"])
 
 
@@ -394,8 +399,8 @@ def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(data, 
     step = trainer.step
 
     def broken(batch, generator, at):
-        loss, right = step(batch, generator, at)
-        return (loss * math.nan if at >= (1 + 2 / 5) / 3 - 1e-9 else loss), right
+        found = step(batch, generator, at)
+        return found * math.nan if at >= (1 + 2 / 5) / 3 - 1e-9 else found
 
     trainer.step = broken
     with pytest.raises(ebm_at.RunError, match="nan at step 3 of epoch 2"):
@@ -418,7 +423,7 @@ def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(data, 
         (dict(lr=0.0), "lr must be positive"),
         (dict(lr=math.nan), "lr must be positive"),
         (dict(beta=-1.0), "beta must not be negative"),
-        (dict(der_power=3), "der_power"),
+        (dict(der_from=1.0), "der_from"),
         (dict(epoch=5), "did you mean 'epochs'"),
         (dict(schedule="cosin"), "did you mean 'cosine'"),
         (dict(on_overfit="panic"), "unknown on_overfit"),

@@ -194,7 +194,7 @@ def write_history(folder, rows):
 
 
 def draw_curves(folder, rows):
-    """curves.png: accuracies and delta energy over epochs. Only where matplotlib is installed."""
+    """curves.png: accuracies, AAEs and delta energies over epochs. Only where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -209,18 +209,19 @@ def draw_curves(folder, rows):
         ("clean_acc", "clean", "-"),
         ("fgsm_acc", "FGSM", "--"),
         ("pgd_acc", "PGD-10", "-o"),
+        ("train_adv_aae", "share of AAEs, train", ":"),
     ):
         left.plot(epochs, [100 * r[key] for r in rows], style, label=label, markersize=3)
-    left.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(0, 100))
+    left.set(xlabel="epoch", ylabel="test accuracy; share of AAEs (%)", ylim=(0, 100))
     for key, label, style in (
-        ("delta_energy_pgd", "PGD, test", "-o"),
-        ("train_delta_energy_pgd", "PGD, train", "--"),
-        ("delta_energy_fgsm", "FGSM, test", ":"),
-        ("abs_delta_energy_pgd", "PGD, test, |.|", "-."),
+        ("train_adv_delta_energy", "E(x), training attack, train", "-o"),
+        ("train_adv_delta_energy_xy", "E(x, y), training attack, train", "-s"),
+        ("delta_energy_pgd", "E(x), PGD, test", "--"),
+        ("train_delta_energy_pgd", "E(x), PGD, train", ":"),
     ):
         right.plot(epochs, [r[key] for r in rows], style, label=label, markersize=3)
     right.axhline(0, color="grey", linewidth=0.5)
-    right.set(xlabel="epoch", ylabel="delta energy E(x) - E(x*), nats")
+    right.set(xlabel="epoch", ylabel="delta energy E(.) - E(.*), nats")
     for axes in (left, right):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     left.legend()
@@ -249,8 +250,9 @@ class Display:
         "clean",
         "FGSM",
         "PGD-10",
-        "dE FGSM",
-        "dE PGD",
+        "AAE",
+        "dE(x)",
+        "dE(x,y)",
         "verdict",
         "seconds",
     )
@@ -307,25 +309,28 @@ class Display:
         """A history row as the texts of COLUMNS."""
         return [
             str(row["epoch"]), f"{row['train_loss']:.3f}", f"{row['clean_acc']:.1%}",
-            f"{row['fgsm_acc']:.1%}", f"{row['pgd_acc']:.1%}", f"{row['delta_energy_fgsm']:+.2f}",
-            f"{row['delta_energy_pgd']:+.2f}", row["verdict"], f"{row['seconds']:.1f}",
+            f"{row['fgsm_acc']:.1%}", f"{row['pgd_acc']:.1%}", f"{row['train_adv_aae']:.1%}",
+            f"{row['train_adv_delta_energy']:+.2f}", f"{row['train_adv_delta_energy_xy']:+.2f}",
+            row["verdict"], f"{row['seconds']:.1f}",
         ]  # fmt: skip
 
     def picture(self):
-        """The last epochs as a table, PGD accuracy and delta energy as sparklines, and the bar."""
+        """The last epochs as a table, PGD accuracy and share of AAEs as sparklines, and the bar.
+
+        AAE, dE(x) and dE(x,y) are of the training attack on training images, the rest is of test.
+        """
         table = Table(box=rich.box.SIMPLE_HEAD)
         for name in self.COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows[-8:]:
-            bad = row["verdict"] != "healthy"
+            bad = row["verdict"] in ("CO", "RO")
             table.add_row(*self.cells(row), style="bold red" if bad else None)
         pgd = [r["pgd_acc"] for r in self.rows][-60:]
-        delta = [r["delta_energy_pgd"] for r in self.rows][-60:]
+        aae = [r["train_adv_aae"] for r in self.rows][-60:]
         parts = [table]
         if self.console.encoding.startswith("utf") and self.rows:
-            lows = min(delta + [-1.0]), max(delta + [1.0])
             parts.append(f" PGD-10 {sparkline(pgd, 0, max(pgd + [0.3]))} {pgd[-1]:.1%}")
-            parts.append(f" dE PGD {sparkline(delta, *lows)} {delta[-1]:+.2f}")
+            parts.append(f" AAEs   {sparkline(aae, 0, max(aae + [0.3]))} {aae[-1]:.1%}")
         return Group(*parts, self.bar)
 
 
@@ -510,10 +515,8 @@ def next_command(config, verdict):
     change = {"der": True}
     if config.method == "none" or (config.der and verdict == "healthy"):
         change = {"method": "pgd", "der": False}
-    elif config.der and verdict == "RO" and config.method == "fgsm" and not config.ema:
-        change = {"ema": 0.998}  # averaged weights: what mended it on shapes
-    elif config.der:
-        change = {"beta": 2 * config.beta}
+    elif config.der:  # too much of it teaches nothing, too little does not hold
+        change = {"beta": config.beta / 2 if verdict == "at chance" else 2 * config.beta}
     wanted = dataclasses.replace(config, **change)
     usual = ebm_at.recipe(wanted.dataset, wanted.method, epochs=wanted.epochs)
     usual.epochs = ebm_at.recipe(wanted.dataset, wanted.method).epochs

@@ -2005,7 +2005,7 @@ class Trainer:
         self.parts = {k: part for k, part in parts.items() if part}
         self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
         self.schedule_start = 0  # the epoch from which the learning rate counts; a rescue moves it
-        self.verdict_now, self.reason = "healthy", ""  # of the last measurement; of the last alarm
+        self.verdict_now, self.reason = "at chance", ""  # of the last measurement, the last alarm
         self.history, self.alarms, self.saved_epoch = [], [], 0
         self.best = {"accuracy": -1.0, "epoch": 0, **self.snapshot()}  # under PGD, on validation
         if resume:
@@ -2208,7 +2208,11 @@ class Trainer:
         found: see evaluate; train_adv_acc: only at the end of an epoch (RO needs whole epochs).
         """
         if self.config.method == "none":  # no robustness to lose
+            self.verdict_now = "not robust"
             return
+        # A constant answer is right for one image in K, whatever an attack does: no merit.
+        sound = "healthy" if found["pgd_acc"] > 1 / len(self.data.classes) else "at chance"
+        self.verdict_now = sound
         if self.epoch < self.config.eps_warmup:  # measured at an eps that it has not met yet
             return
         single = 0.0 if METHODS[self.config.method].multi_step else train_adv_acc or 0.0
@@ -2217,9 +2221,9 @@ class Trainer:
         reason, verdict = self.monitor.catastrophic(found, when, single), "CO"
         if not reason and train_adv_acc is not None:
             reason, verdict = self.monitor.robust(found, train_adv_acc, self.epoch), "RO"
-        self.verdict_now = verdict if reason else "healthy"
         if not reason:
             return
+        self.verdict_now = verdict
         self.reason = reason
         action, had_der = self.config.on_overfit, self.config.der
         if (verdict, had_der) in [(alarm["verdict"], alarm["der"]) for alarm in self.alarms]:
@@ -2254,24 +2258,24 @@ class Trainer:
         self.model.eval()  # so that whoever uses it next neither sees nor moves batch statistics
 
     def verdict(self):
-        """What to say of the whole run: ("healthy", "CO" or "RO", and a sentence why)."""
-        if self.config.method == "none":
-            return "healthy", "Not trained adversarially: there is no robustness to lose"
+        """What to say of the whole run: "healthy", "CO", "RO", "at chance" or "not robust"; why."""
+        last = self.history[-1]
         for alarm in self.alarms:  # CO stays the verdict even where accuracy recovers; RO may pass
             ended = alarm["action"] in ("stop", "rollback")
             if ended or (alarm["verdict"] == "CO" and alarm["action"] == "continue"):
                 return alarm["verdict"], alarm["reason"]
-        last = self.history[-1]
-        if last["verdict"] != "healthy":
+        if last["verdict"] in ("CO", "RO"):
             return last["verdict"], self.reason
+        if last["verdict"] != "healthy":
+            untrained = self.config.method == "none"
+            why = "Not trained for robustness" if untrained else "No better than one answer for all"
+            return last["verdict"], f"{why}: PGD accuracy is {last['val_pgd_acc']:.1%}"
         rescues = [f"{a['reason']}. DER was switched on. " for a in self.alarms if not a["der"]]
         rescue = rescues[0] if self.config.der and rescues else ""
-        guessing = self.best["accuracy"] <= 1 / len(self.data.classes)
         return "healthy", (
             f"{rescue}Healthy: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
             f" (best {self.best['accuracy']:.1%}), FGSM accuracy {last['val_fgsm_acc']:.1%},"
             f" delta energy under PGD {last['val_delta_energy_pgd']:+.2f}"
-            f"{'; but no better than guessing: train longer' * guessing}"
         )
 
 

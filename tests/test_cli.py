@@ -381,8 +381,7 @@ def test_a_preset_never_lends_its_l_inf_eps_to_l2():
         (dict(), "CO", "--der"),
         (dict(der=True), "healthy", "--method pgd"),
         (dict(der=True), "CO", "--der --beta 3.0"),
-        (dict(der=True), "RO", "--der --ema 0.998"),
-        (dict(der=True, ema=0.998), "RO", "--der --beta 3.0 --ema 0.998"),
+        (dict(der=True), "at chance", "--der --beta 0.75"),
         (dict(data_dir="/my data"), "CO", "--data-dir '/my data' --der"),
     ],
 )

@@ -303,7 +303,7 @@ def test_verdict_says_when_nothing_was_learnt(data):
     trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
     list(trainer.run())
     verdict, reason = trainer.verdict()
-    assert verdict == "healthy" and "no better than guessing" in reason
+    assert verdict == "at chance" and "No better than one answer" in reason
 
 
 def test_no_alarm_while_eps_still_grows(data):

@@ -112,6 +112,7 @@ class Config:
     eps_warmup: float = _opt(3.0, "Method", "epochs over which eps grows linearly from 0")
     norm: str = _opt("linf", "Method", "linf or l2: how the ball is measured")
     attack_steps: int = _opt(10, "Method", "steps of the training attack (multi-step methods)")
+    attack_step: float = _opt(0.0, "Method", "its step size, in [0, 1] pixels; 0: eps / 4")
     attack_bn: str = _opt("train", "Method", "BatchNorm inside the training attack: eval or train")
     method_beta: float = _opt(6.0, "Method", "weight of the KL term of trades, mart and weat")
     der: bool = _opt(False, "Regularizers", "add the Delta Energy Regularizer")
@@ -123,10 +124,14 @@ class Config:
                            " linearly to its value; 0: at once")
     grad_align: float = _opt(0.0, "Regularizers", "weight of GradAlign; 0 = off")
     awp: float = _opt(0.0, "Regularizers", "gamma of adversarial weight perturbation; 0 = off")
+    awp_warmup: int = _opt(0, "Regularizers", "epochs before AWP begins")
     epochs: int = _opt(20, "Optimisation", "passes over the training images")
     batch_size: int = _opt(64, "Optimisation", "images per step, over all processes")
     lr: float = _opt(0.2, "Optimisation", "highest learning rate of SGD")
     schedule: str = _opt("triangular", "Optimisation", "triangular, piecewise, cosine, or constant")
+    lr_peak: float = _opt(0.4, "Optimisation", "share of the epochs at which triangular peaks")
+    lr_drops: str = _opt("0.5,0.75", "Optimisation", "shares of the epochs at which piecewise falls"
+                         " to a tenth")
     momentum: float = _opt(0.9, "Optimisation", "momentum of SGD")
     weight_decay: float = _opt(5e-4, "Optimisation", "L2 penalty of SGD, on every parameter")
     ema: float = _opt(0.0, "Optimisation", "decay of averaged weights, then judged; 0 = off")
@@ -635,7 +640,11 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each AFTER its BatchNorm and ReLU, and a shortcut around both."""
+    """Two 3x3 convolutions, each AFTER its BatchNorm and ReLU, and a shortcut around both.
+
+    The 1x1 shortcut sees relu(bn1(x)), as in Rice's and AWP's networks; in Wong's, GradAlign's and
+    N-FGSM's it sees x. Initialised as torch does; wide networks elsewhere often by Kaiming fan-out.
+    """
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
@@ -818,24 +827,30 @@ def kl_per_image(logits, logits_adv):
 
 
 @contextlib.contextmanager
-def attack_mode(model, batchnorm="eval"):
+def attack_mode(model, batchnorm="eval", freeze=True):
     """Lets an attack run the model without leaving a trace in it.
 
     "eval" puts every submodule in eval mode: BatchNorm uses its running statistics. "train" leaves
     the modes alone (BatchNorm uses the batch's own statistics) but stops it from recording them.
-    Either way each submodule gets its own mode back.
+    freeze: the weights want no gradient meanwhile. torch.compile needs that said beforehand, or the
+    attack's backward pass computes all of theirs. At the end everything is as it was.
     """
     check_choice("BatchNorm mode", batchnorm, ("eval", "train"))
     before = [(m, m.training) for m in model.modules()]
+    wanting = [p for p in model.parameters() if p.requires_grad and freeze]
     norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
     if batchnorm == "eval":
         model.eval()
     else:
         for m in norms:
             m.track_running_stats = False
+    for p in wanting:
+        p.requires_grad_(False)
     try:
         yield
     finally:
+        for p in wanting:
+            p.requires_grad_(True)
         for m in norms:
             m.track_running_stats = True
         for m, training in before:
@@ -862,7 +877,7 @@ def value_and_gradient(model, x, y, loss="ce", reference=None, target=None):
     """Attack loss (N,), its gradient with respect to the images (N, C, H, W), and logits (N, K).
 
     torch.autograd.grad(value, x) computes nothing for the weights: cheaper than backward(), and no
-    `.grad` is touched.
+    `.grad` is touched. (Under torch.compile only because attack_mode freezes the weights.)
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -1523,7 +1538,8 @@ def trades_loss(logits, logits_adv, y, beta=6.0):
     """(E19) TRADES: CE(f(x), y) + beta * KL(p(.|x) || p(.|x*)). A scalar.
 
     In energies KL = sum_k p(k|x) (E(x*, k) - E(x, k)) + dE(x): part of what TRADES presses down IS
-    the delta energy, which is why it suffers less from overfitting.
+    the delta energy. Its authors pass x through the network twice in train mode, which moves
+    BatchNorm's statistics further; here once.
     Source: Zhang et al. 2019; the identity: Mirza et al. 2024, proposition 1.
     """
     return F.cross_entropy(logits.float(), y) + beta * kl_per_image(logits, logits_adv).mean()
@@ -1537,7 +1553,7 @@ def mart_loss(logits, logits_adv, y, beta=5.0):
     """
     p_adv = logits_adv.float().softmax(1)
     rival = p_adv.scatter(1, y[:, None], 0).amax(1)
-    boosted = F.cross_entropy(logits_adv.float(), y) - torch.log1p(-rival + 1e-6).mean()
+    boosted = F.cross_entropy(logits_adv.float(), y) - torch.log1p(-rival + 1e-4).mean()  # 1e-4: as its authors
     doubt = 1 - logits.float().softmax(1).gather(1, y[:, None]).squeeze(1)
     return boosted + beta * (kl_per_image(logits, logits_adv) * doubt).mean()
 
@@ -1609,7 +1625,8 @@ def training_attack(model, x, y, start, eps, config):
     if method.start == "none":
         return x
     if method.multi_step:
-        return pgd(model, x, y, eps, config.attack_steps, loss=method.climbs, **options)
+        step = config.attack_step or None
+        return pgd(model, x, y, eps, config.attack_steps, step, loss=method.climbs, **options)
     single_step = {"zero": fgsm, "ball": rs_fgsm, "wide": n_fgsm}[method.start]
     return single_step(model, x, y, eps, **options)
 
@@ -1618,15 +1635,18 @@ def grad_align(model, x, y, noise):
     """(E24) GradAlign: 1 - mean cos(grad_x CE(x), grad_x CE(x + noise)), noise ~ U(-eps, eps).
 
     A baseline: catastrophic overfitting shows as a gradient that turns within the ball, so its
-    turning is penalised. Needs second derivatives, hence its price: several times FGSM.
+    turning is penalised. Needs second derivatives, hence its price: several times FGSM. As in its
+    authors' code the gradient at x is a constant, towards which that at x + noise is turned.
     Source: Andriushchenko & Flammarion 2020, equation 5.
     """
-    gradients = []
-    for point in (x, x + noise):
+
+    def slope(point, differentiable):
+        """Gradient of the loss with respect to the image, flattened: (N, C H W)."""
         point = point.detach().requires_grad_(True)
         loss = F.cross_entropy(model(point).float(), y, reduction="sum")
-        gradients += torch.autograd.grad(loss, point, create_graph=True)
-    return 1 - F.cosine_similarity(gradients[0].flatten(1), gradients[1].flatten(1)).mean()
+        return torch.autograd.grad(loss, point, create_graph=differentiable)[0].flatten(1)
+
+    return 1 - F.cosine_similarity(slope(x, False), slope(x + noise, True)).mean()
 
 
 @contextlib.contextmanager
@@ -1638,7 +1658,7 @@ def adversarial_weights(model, objective, gamma):
     Source: Wu et al. 2020, section 4.1.
     """
     weights = [w for w in model.parameters() if w.ndim > 1]  # no biases, no BatchNorm
-    with attack_mode(model, "train"):
+    with attack_mode(model, "train", freeze=False):
         gradients = list(torch.autograd.grad(objective(), weights))
     sum_over_processes(gradients)
     before = [w.detach().clone() for w in weights]
@@ -1774,38 +1794,50 @@ HISTORY = [  # of history.csv; on test images, but for train_... and val_...; en
 def recipe(dataset="shapes", method="fgsm", **given):
     """The Config that suits a data set and a method; `given` settings override it.
 
-    shapes keeps Config's defaults, the demonstration. Elsewhere: single-step methods follow Wong
-    et al. 2020 (30 epochs, triangular to .2, here with the peak at 40%) and, on SVHN, de Jorge et
-    al. 2022 (lr .05, eps growing for 5 epochs); multi-step ones and none Rice et al. 2020 (200
-    epochs, .1 piecewise), MART its authors' learning rate and decay, GradAlign lr .3; eps is
-    8/255, in l_2 128/255 everywhere.
+    shapes keeps Config's defaults, the demonstration. Elsewhere eps is 8/255, and
+        single-step methods: Wong et al. 2020 (30 epochs, triangular to .2); SVHN: de Jorge et al.
+            2022 (lr .05, eps growing for 5 epochs); GradAlign: its authors' lr .3;
+        pgd, none: Rice et al. 2020 (200 epochs, .1 falling at 50% and 75%; SVHN .01, step 1/255);
+        trades, mart, weat: their authors' epochs, drops, weight decay, and attack in eval mode.
+    In l_2 eps is 128/255 everywhere. DER of multi-step methods is the paper's.
     Raises: BadInput.
     """
     check_choice("method", method, METHODS)
     for name in given:
         check_choice("setting", name, vars(Config()))
-    config = Config(dataset=str(dataset), method=method)
+    config, how = Config(dataset=str(dataset), method=method), METHODS[method]
+    svhn, wide = dataset == "svhn", str(given.get("model")).startswith("wrn")
+    usual = {}
     if dataset != "shapes":
-        config.model, config.eps, config.eps_warmup = "preactresnet18", 8 / 255, 0.0
-        config.epochs, config.batch_size, config.probe_size = 30, 128, 1000
         digits = dataset in ("svhn", "mnist", "fashion-mnist")  # a mirrored digit is another sign
-        config.augment = "crop" if digits else "crop-flip"
-        if METHODS[method].multi_step or method == "none":
-            config.epochs, config.lr, config.schedule = 200, 0.1, "piecewise"
-        elif dataset == "svhn":
-            config.lr, config.eps_warmup = 0.05, 5.0
-        if given.get("grad_align"):
-            config.lr = 0.3  # its authors' choice, as 2.0 for the weight at 16/255 is
+        usual |= dict(model="preactresnet18", eps=8 / 255, eps_warmup=0.0, epochs=30, lr_peak=0.5,
+                      batch_size=128, probe_size=1000, val_fraction=0.02,
+                      augment="crop" if digits else "crop-flip")  # fmt: skip
+        if how.multi_step or method == "none":
+            usual |= dict(epochs=200, lr=0.1, schedule="piecewise")
+            usual |= dict(lr=0.01, attack_step=1 / 255) if svhn else {}
+        elif svhn:
+            usual |= dict(lr=0.05, eps_warmup=5.0)
+        elif given.get("grad_align"):
+            usual |= dict(lr=0.3)
+        if method == "trades":
+            usual |= dict(epochs=76, lr_drops="0.986", weight_decay=2e-4)  # at 75 of 76
+            usual |= dict(awp_warmup=10) if given.get("awp") else {}
         if method == "mart":
-            config.lr, config.weight_decay = 0.01, 3.5e-3
-    if METHODS[method].start == "gauss":  # trades, mart and weat: their authors attack in eval mode
-        config.attack_bn = "eval"
+            usual |= dict(epochs=120, lr_drops="0.625,0.75,0.833")
+            usual |= dict(weight_decay=7e-4) if wide else dict(lr=0.01, weight_decay=3.5e-3)
+        if method.startswith("weat"):
+            usual |= dict(epochs=100, lr_drops="0.75,0.9")
+    if how.start == "gauss":
+        usual |= dict(attack_bn="eval")
     if method == "mart":
-        config.method_beta = 5.0
-    if METHODS[method].multi_step:  # the paper's DER against robust overfitting: late, on all
-        config.beta, config.gamma, config.der_from, config.der_ramp = 6.0, 0.2, 0.8, 0.0
+        usual |= dict(method_beta=5.0)
+    if how.multi_step:  # the paper's DER against robust overfitting: late, on all images
+        usual |= dict(beta=6.0, gamma=0.2, der_from=0.8, der_ramp=0.0)
     if given.get("norm") == "l2":
-        config.eps = 128 / 255  # 20/255 and 8/255 would be next to nothing
+        usual |= dict(eps=128 / 255)  # 20/255 and 8/255 would be next to nothing
+        usual |= dict(attack_step=15 / 255) if how.multi_step else {}
+    config = dataclasses.replace(config, **usual)
     config = dataclasses.replace(config, **given)
     if "eps_warmup" not in given:
         config.eps_warmup = min(config.eps_warmup, config.epochs / 4)
@@ -1828,12 +1860,17 @@ def check_config(config):
     for name, smallest in (least | {"width": 8}).items():  # width: see make_model
         if getattr(config, name) < smallest:
             raise BadInput(f"{name} must be at least {smallest}, not {getattr(config, name)}")
-    for name in ("threads", "eps_warmup", "beta", "gamma", "method_beta", "grad_align", "awp", "weight_decay", "limit",
+    for name in ("threads", "attack_step", "awp_warmup", "eps_warmup", "beta", "gamma", "method_beta", "grad_align", "awp", "weight_decay", "limit",
                  "test_size", "seed"):  # fmt: skip
         if not 0 <= getattr(config, name) < math.inf:
             raise BadInput(
                 f"{name} must not be negative or infinite, but is {getattr(config, name)}"
             )
+    shares = [config.lr_peak, *config.lr_drops.split(",")]
+    with contextlib.suppress(ValueError):
+        shares = [float(share) for share in shares]
+    if not all(isinstance(share, float) and 0 < share < 1 for share in shares):
+        raise BadInput("lr_peak and lr_drops are shares of the epochs, such as 0.5,0.75")
     if not 0 < config.lr < math.inf:
         raise BadInput(f"lr must be positive, not {config.lr}")
     if not (0 <= config.momentum < 1 and 0 <= config.ema < 1):
@@ -1861,10 +1898,10 @@ def check_config(config):
 
 def lr_at(config, progress):
     """Learning rate at `progress` in [0, 1) of the whole run."""
-    if config.schedule == "triangular":  # 0 -> lr at 40% -> 0
-        return config.lr * min(progress / 0.4, (1 - progress) / 0.6)
+    if config.schedule == "triangular":  # 0 -> lr -> 0
+        return config.lr * min(progress / config.lr_peak, (1 - progress) / (1 - config.lr_peak))
     if config.schedule == "piecewise":
-        return config.lr * 0.1 ** ((progress >= 0.5) + (progress >= 0.75))
+        return config.lr * 0.1 ** sum(progress >= float(at) for at in config.lr_drops.split(","))
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
     return config.lr
@@ -1911,7 +1948,7 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
             penalty = penalty * own * world()[1] / everywhere.clamp_min(1)
         loss = loss + beta * penalty
     if config.grad_align:
-        with attack_mode(model, "train"):
+        with attack_mode(model, "train", freeze=False):
             loss = loss + config.grad_align * grad_align(model, x, y, noise)
     return loss, logits_adv
 
@@ -2100,7 +2137,8 @@ class Trainer:
                 x_adv = training_attack(model, x, y, start, eps, config)
         self.optimizer.zero_grad()
         shift = adversarial_weights(model, lambda: objective()[0], config.awp)
-        with shift if config.awp else contextlib.nullcontext():
+        awp = config.awp and epochs_done >= config.awp_warmup
+        with shift if awp else contextlib.nullcontext():
             loss, logits_adv = objective()
             loss.backward()
         gradients = [p.grad for p in model.parameters()]

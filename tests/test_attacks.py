@@ -284,6 +284,17 @@ def test_batchnorm_train_uses_the_statistics_of_the_batch(tiny_net):
     assert torch.equal(in_eval, fgsm(tiny_net(), x, y, 0.1, batchnorm="eval"))
 
 
+def test_weights_are_frozen_inside_attack_mode_and_free_again_after_a_failure(tiny_net):
+    """What torch.compile has to know; and a weight that the user froze stays frozen."""
+    net = tiny_net()
+    net[0].weight.requires_grad_(False)
+    before = [p.requires_grad for p in net.parameters()]
+    with pytest.raises(RuntimeError, match="on purpose"), attack_mode(net):
+        assert not any(p.requires_grad for p in net.parameters())
+        raise RuntimeError("on purpose")
+    assert [p.requires_grad for p in net.parameters()] == before
+
+
 def test_attack_mode_can_be_nested(tiny_net):
     """training_loss opens one around GradAlign while AWP holds another open."""
     net = mixed_modes(tiny_net())

@@ -460,7 +460,20 @@ def test_recipes_follow_their_sources():
     assert ebm_at.recipe("mnist").augment == "crop", "a mirrored digit is another sign"
     assert fast.eps == pytest.approx(8 / 255)
     svhn = ebm_at.recipe("svhn", "n-fgsm")
-    assert (svhn.lr, svhn.eps_warmup) == (0.05, 5.0) and ebm_at.recipe("svhn", "pgd").lr == 0.1
+    assert (svhn.lr, svhn.eps_warmup) == (0.05, 5.0)
+    multi = ebm_at.recipe("svhn", "pgd")
+    assert (multi.lr, multi.attack_step) == (0.01, pytest.approx(1 / 255))
+    assert ebm_at.recipe("svhn", "fgsm", grad_align=0.2).lr == 0.05
+    trades = ebm_at.recipe("cifar10", "trades", awp=0.005)
+    assert (trades.epochs, trades.weight_decay, trades.awp_warmup) == (76, 2e-4, 10)
+    rates = [ebm_at.lr_at(trades, epoch / 76) for epoch in (74, 75)]
+    assert rates == pytest.approx([0.1, 0.01])
+    wide = ebm_at.recipe("cifar10", "mart", model="wrn-34-10")
+    assert (wide.lr, wide.weight_decay, wide.epochs) == (0.1, 7e-4, 120)
+    assert ebm_at.recipe("cifar10", "pgd", norm="l2").attack_step == pytest.approx(15 / 255)
+    assert ebm_at.lr_at(fast, 0.5) == pytest.approx(0.2), "the triangle peaks in the middle"
+    late = ebm_at.recipe("cifar10", "pgd", der=True)
+    assert [ebm_at.beta_at(late, t) for t in (0.79, 0.8)] == [0.0, 6.0] and late.gamma == 0.2
     for dataset in ("shapes", "cifar10"):  # an l_2 ball of 8/255 holds next to nothing
         assert ebm_at.recipe(dataset, "pgd", norm="l2").eps == pytest.approx(128 / 255)
         assert ebm_at.recipe(dataset, "pgd", norm="l2", eps=1.0).eps == 1.0

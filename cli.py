@@ -4,6 +4,7 @@ python cli.py train --help
 """
 
 import contextlib
+import csv
 import dataclasses
 import hashlib
 import importlib
@@ -470,7 +471,7 @@ def report(trainer, folder, display):
         "verdict": verdict, "reason": reason, "alarms": trainer.alarms,
         "best": best, "last": last, "attack": attack,
         "seconds": {"training": train_seconds, "measuring": probe_seconds},
-        "device": device_name(trainer.device),
+        "settings": dataclasses.asdict(config), "device": device_name(trainer.device),
         "precision": str(trainer.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "processes": ebm_at.world()[1], "versions": versions,
     }  # fmt: skip
@@ -517,21 +518,115 @@ def next_command(config, verdict):
         change = {"method": "pgd", "der": False}
     elif config.der:  # too much of it teaches nothing, too little does not hold
         change = {"beta": config.beta / 2 if verdict == "at chance" else 2 * config.beta}
-    wanted = dataclasses.replace(config, **change)
-    usual = ebm_at.recipe(wanted.dataset, wanted.method, epochs=wanted.epochs)
-    usual.epochs = ebm_at.recipe(wanted.dataset, wanted.method).epochs
-    if os.path.abspath(usual.data_dir) == os.path.abspath(wanted.data_dir):
-        usual.data_dir = wanted.data_dir  # the same folder, however it is written
-    words = ["python cli.py train"]
+    return " ".join(["python cli.py train", *options_of(dataclasses.replace(config, **change))])
+
+
+def options_of(config):
+    """The options of train that give this Config: what differs from the recipe's, as words."""
+    usual = ebm_at.recipe(config.dataset, config.method, epochs=config.epochs)
+    usual.epochs = ebm_at.recipe(config.dataset, config.method).epochs
+    if os.path.abspath(usual.data_dir) == os.path.abspath(config.data_dir):
+        usual.data_dir = config.data_dir  # the same folder, however it is written
+    idle = ["threads"] if config.threads == 1 and config.model == "small" else []
+    idle += [] if config.der else ["beta", "gamma", "der_on", "der_from", "der_ramp"]
+    words = []
     for f in dataclasses.fields(Config):
-        value = getattr(wanted, f.name)
+        value = getattr(config, f.name)
         same = value == getattr(Config() if f.name in ("dataset", "method") else usual, f.name)
-        if same:
+        if same or f.name in idle:
             continue
         option = "--" + f.name.replace("_", "-")
         text = f"{value * 255:g}/255" if f.name == "eps" else shlex.quote(str(value))
         words.append(option if value is True else f"{option} {text}")
-    return " ".join(words)
+    return words
+
+
+# --------------------------------------------------------------------------------------------------
+# compare
+# --------------------------------------------------------------------------------------------------
+
+
+@app.command(rich_help_panel="Commands")
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="run folders, or logs stored as NAME.json")],
+    picture: Annotated[
+        Optional[str], typer.Option(help="a new .png: mean and range over seeds, by epoch")
+    ] = None,
+):
+    """Put finished runs side by side: one row for all that differ by their seed only."""
+    groups = {}
+    for run in runs:
+        result, rows = read_run(run)
+        words = options_of(Config(**result["settings"] | {"seed": 0}))
+        groups.setdefault(" ".join(words) or "(none)", {})[result["seed"]] = result, rows
+    table = Table(box=rich.box.MARKDOWN)
+    for name in ("options", "seeds", "clean", "PGD-10, last", "mean", "best", "verdict",
+                 "AAEs, last", "training s"):  # fmt: skip
+        table.add_column(name, no_wrap=True, justify="left" if name == "options" else "right")
+    for words, by_seed in groups.items():
+        results, rows = zip(*(by_seed[seed] for seed in sorted(by_seed)))
+        last = [f"{100 * r['last']['pgd_acc']:.1f}" for r in results]
+        mean = sum(r["last"]["pgd_acc"] for r in results) / len(results)
+        told = [r["verdict"] + "".join(f", {a['when']}" for a in r["alarms"][:1]) for r in results]
+        seconds = sorted(r["seconds"]["training"] for r in results)
+        table.add_row(
+            words, ", ".join(map(str, sorted(by_seed))),
+            " / ".join(f"{100 * r['last']['clean_acc']:.1f}" for r in results), " / ".join(last),
+            f"{100 * mean:.1f}", " / ".join(f"{100 * r['best']['pgd_acc']:.1f}" for r in results),
+            told[0] if len(set(told)) == 1 else " / ".join(told),
+            " / ".join(f"{100 * r[-1]['train_adv_aae']:.0f}" for r in rows),
+            f"{seconds[len(seconds) // 2]:.0f}",
+        )  # fmt: skip
+    Console(width=1000, highlight=False).print(table)
+    if picture:
+        draw_comparison(picture, {k: [rows for _, rows in v.values()] for k, v in groups.items()})
+
+
+def read_run(run):
+    """(result.json, history.csv as dicts of numbers) of a finished run. Raises: RunError."""
+    result = Path(run) / "result.json" if Path(run).is_dir() else Path(run)
+    history = result.with_name("history.csv") if Path(run).is_dir() else result.with_suffix(".csv")
+    try:
+        found = json.loads(result.read_text())
+        with open(history, newline="") as file:
+            rows = [{k: v if k == "verdict" else float(v) for k, v in row.items()}
+                    for row in csv.DictReader(file)]  # fmt: skip
+        Config(**found["settings"]), rows[-1]["train_adv_aae"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise RunError(f"'{run}' is no finished run of this version: {error!r}") from error
+    return found, rows
+
+
+def draw_comparison(picture, groups):
+    """PGD test error and the share of AAEs, and both delta energies, where training attacks."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RunError("--picture needs matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    curves = (
+        ("pgd_acc", 100, "PGD-10 accuracy on test (%)"),
+        ("train_adv_aae", 100, "share of AAEs in training (%)"),
+        ("train_adv_delta_energy", 1, "ΔE(x), solid, and ΔE(x, y), dashed (nats)"),
+        ("train_adv_delta_energy_xy", 1, None),
+    )
+    for i, (name, runs) in enumerate(groups.items()):
+        epochs = range(1, 1 + min(len(rows) for rows in runs))
+        for axes, (key, factor, label) in zip((*panels, panels[-1]), curves):
+            values = [[factor * row[key] for row in rows[: len(epochs)]] for rows in runs]
+            low, high = (list(map(end, *values)) if len(values) > 1 else values[0]
+                         for end in (min, max))  # fmt: skip
+            mean = [sum(v) / len(v) for v in zip(*values)]
+            style = dict(color=f"C{i}", linestyle="-" if label else "--")
+            axes.plot(epochs, mean, label=f"{name} (n = {len(runs)})", **style)
+            axes.fill_between(epochs, low, high, color=f"C{i}", alpha=0.15)
+            if label:
+                axes.set(xlabel="epoch", ylabel=label)
+    panels[0].legend(fontsize=8)
+    figure.savefig(picture, dpi=120)
 
 
 # --------------------------------------------------------------------------------------------------

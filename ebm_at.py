@@ -1687,7 +1687,8 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
     Args: x (N, C, H, W), uint8 or float in [0, 1], and y int64 (N,), on the model's device; eps,
         steps and norm of the attacks (PGD: one random start, step eps / 4, the same noise at every
         call).
-    Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc in [0, 1]; energy,
+    Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc and fgsm_aae, the
+        share of AAEs under FGSM, in [0, 1]; energy,
         E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd, |dE(x)|;
         delta_energy_xy_pgd, dE(x, y); and n, how many images. Energies are in nats.
     """
@@ -1703,6 +1704,7 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
             logits["pgd"].append(model(x_adv))
     clean, single, multi = (torch.cat(logits[k]).float() for k in ("clean", "fgsm", "pgd"))
     found = {f"{k}_acc": (torch.cat(v).argmax(1) == y).float().mean() for k, v in logits.items()}
+    found["fgsm_aae"] = abnormal(clean, single, y).float().mean()
     found["energy"] = energy_x(clean).mean()
     found["delta_energy_fgsm"] = delta_energy(clean, single).mean()
     found["delta_energy_pgd"] = delta_energy(clean, multi).mean()
@@ -1791,7 +1793,7 @@ HISTORY = [  # of history.csv; on test images, but for train_... and val_...; en
     "epoch", "lr", "train_loss", "clean_acc", "fgsm_acc", "pgd_acc", "val_pgd_acc",
     "energy", "delta_energy_fgsm", "delta_energy_pgd", "abs_delta_energy_pgd",
     "train_delta_energy_pgd", "verdict", "seconds", "val_fgsm_acc", "val_delta_energy_pgd",
-    "probe_seconds", *TRACKED,
+    "probe_seconds", "fgsm_aae", "val_fgsm_aae", *TRACKED,
 ]  # fmt: skip
 
 
@@ -2235,6 +2237,7 @@ class Trainer:
             self.best = {"accuracy": accuracy, "epoch": self.epoch, **self.snapshot()}
         row = test | means | {
             "epoch": self.epoch, "lr": lr, "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
+            "val_fgsm_aae": val["fgsm_aae"],
             "val_delta_energy_pgd": val["delta_energy_pgd"], "verdict": self.verdict_now,
             "train_delta_energy_pgd": train["delta_energy_pgd"], "probe_seconds": self.probing,
             "seconds": time.perf_counter() - began - self.probing,

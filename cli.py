@@ -195,7 +195,7 @@ def write_history(folder, rows):
 
 
 def draw_curves(folder, rows):
-    """curves.png: accuracies, AAEs and delta energies over epochs. Only where matplotlib is installed."""
+    """curves.png: accuracies, AAEs, delta energies by epoch. Only where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:

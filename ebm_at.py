@@ -15,8 +15,8 @@ the energies are the DELTA ENERGIES, dE(x) = E(x) - E(x*) and dE(x, y) = E(x, y)
 
 Two things go wrong. Single-step training collapses against PGD (catastrophic overfitting, CO): the
 landscape bends between x and x*, so that more and more x* have a LOWER loss than x (abnormal
-adversarial examples, AAEs). Multi-step training overfits slowly (robust overfitting, RO): robustness
-decays on new images while it rises on those of training. The Delta Energy Regularizer (DER) adds
+adversarial examples, AAEs). Multi-step training overfits slowly (robust overfitting, RO): its
+robustness decays on new images while it rises on those of training. The Delta Energy Regularizer (DER) adds
 beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss, which keeps the landscape flat from x to x*.
 
 Notation (N images, C channels, K classes)
@@ -43,9 +43,9 @@ Paper: "Understanding Adversarial Training with Energy-based Models", Mirza et a
 arXiv 2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under the lens of
 Energy-based Models", Mirza et al., ECCV 2024, arXiv 2407.06315.
 
-What differs from the paper: DER is its equation (7) as a public reimplementation gives it. That beta
-grows over training, its size, and the alarm's thresholds were measured here, on this project's
-data; local PCA, energy guidance and the stop in section 9 are our reading.
+What differs from the paper: DER is its equation (7) as a public reimplementation gives it. That
+beta grows over training, its size, and the alarm's thresholds were measured here, on this
+project's data; local PCA, energy guidance and the stop in section 9 are our reading.
 """
 
 import contextlib
@@ -1557,7 +1557,8 @@ def mart_loss(logits, logits_adv, y, beta=5.0):
     """
     p_adv = logits_adv.float().softmax(1)
     rival = p_adv.scatter(1, y[:, None], 0).amax(1)
-    boosted = F.cross_entropy(logits_adv.float(), y) - torch.log1p(-rival + 1e-4).mean()  # 1e-4: as its authors
+    miss = -torch.log1p(1e-4 - rival)  # finite where the rival is certain; 1e-4 as its authors
+    boosted = F.cross_entropy(logits_adv.float(), y) + miss.mean()
     doubt = 1 - logits.float().softmax(1).gather(1, y[:, None]).squeeze(1)
     return boosted + beta * (kl_per_image(logits, logits_adv) * doubt).mean()
 
@@ -1718,8 +1719,8 @@ class OverfittingMonitor:
     """Says in words whether training is healthy, from measurements on the VALIDATION split.
 
     Catastrophic overfitting (CO): PGD accuracy collapses while single-step accuracy holds. Neither
-    the share of AAEs nor dE is asked: healthy runs with DER reach the same shares, later, and DER
-    holds dE down even in a run that collapses (see tutorials/results/README.md). Robust overfitting (RO): PGD accuracy decays from its best
+    the share of AAEs nor dE is asked: on the stored runs the accuracies missed least and rang
+    falsely never (tutorials/alarms.py). Robust overfitting (RO): PGD accuracy decays from its best
     while accuracy on the attacked training images keeps rising.
     """
 
@@ -1859,15 +1860,17 @@ def check_config(config):
     for kind, choices in (
         ("model", MODELS), ("method", METHODS), ("norm", ("linf", "l2")), ("schedule", SCHEDULES),
         ("augment", ("none", "crop", "crop-flip")), ("on_overfit", REACTIONS),
-        ("attack_bn", ("train", "eval")), ("der_on", ("all", "abnormal")), ("precision", ("auto", "bf16", "fp32")),
+        ("attack_bn", ("train", "eval")), ("der_on", ("all", "abnormal")),
+        ("precision", ("auto", "bf16", "fp32")),
     ):  # fmt: skip
         check_choice(kind, getattr(config, kind), choices)
     least = dict.fromkeys(("epochs", "batch_size", "attack_steps", "probe_size", "probe_every"), 1)
     for name, smallest in (least | {"width": 8}).items():  # width: see make_model
         if getattr(config, name) < smallest:
             raise BadInput(f"{name} must be at least {smallest}, not {getattr(config, name)}")
-    for name in ("threads", "attack_step", "awp_warmup", "eps_warmup", "beta", "gamma", "method_beta", "grad_align", "awp", "weight_decay", "limit",
-                 "test_size", "seed"):  # fmt: skip
+    for name in ("threads", "attack_step", "awp_warmup", "eps_warmup", "beta", "gamma", "awp",
+                 "method_beta", "grad_align", "weight_decay", "limit", "test_size",
+                 "seed"):  # fmt: skip
         if not 0 <= getattr(config, name) < math.inf:
             raise BadInput(
                 f"{name} must not be negative or infinite, but is {getattr(config, name)}"
@@ -1924,7 +1927,7 @@ def eps_at(config, epochs_done):
 
 
 def beta_at(config, progress):
-    """Weight of DER at `progress` in [0, 1) of the whole run: from der_from on, grown over der_ramp.
+    """Weight of DER at `progress` in [0, 1) of the run: from der_from on, grown over der_ramp.
 
     Why it grows: early on the network has to learn before there is anything to flatten (beta 2 from
     the start learns nothing on shapes), and collapse threatens late.
@@ -2236,7 +2239,8 @@ class Trainer:
         if not alarms and accuracy > self.best["accuracy"]:
             self.best = {"accuracy": accuracy, "epoch": self.epoch, **self.snapshot()}
         row = test | means | {
-            "epoch": self.epoch, "lr": lr, "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
+            "epoch": self.epoch, "lr": lr,
+            "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
             "val_fgsm_aae": val["fgsm_aae"],
             "val_delta_energy_pgd": val["delta_energy_pgd"], "verdict": self.verdict_now,
             "train_delta_energy_pgd": train["delta_energy_pgd"], "probe_seconds": self.probing,

@@ -1,4 +1,4 @@
-"""The README is held to its word: every command line and snippet runs, every line number is right."""
+"""The README is held to its word: every command and snippet runs, every line number is right."""
 
 import ast
 import re

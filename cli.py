@@ -554,23 +554,27 @@ def compare(
     ] = None,
 ):
     """Put finished runs side by side: one row for all that differ by their seed only."""
-    groups = {}
-    for run in runs:
-        result, rows = read_run(run)
-        words = options_of(Config(**result["settings"] | {"seed": 0}))
-        groups.setdefault(" ".join(words) or "(none)", {})[result["seed"]] = result, rows
+    found = [read_run(run) for run in runs]
+    options = [options_of(Config(**result["settings"] | {"seed": 0})) for result, _ in found]
+    shared = [word for word in options[0] if all(word in words for words in options)]
+    groups = {}  # by what is not shared by all
+    for (result, rows), words in zip(found, options):
+        name = " ".join(word for word in words if word not in shared) or "plain"
+        groups.setdefault(name, {})[result["seed"]] = result, rows
+    if shared:
+        say(f"all: python cli.py train {' '.join(shared)}")
     table = Table(box=rich.box.MARKDOWN)
     for name in ("options", "seeds", "clean", "PGD-10, last", "mean", "best", "verdict",
                  "AAEs, last", "training s"):  # fmt: skip
         table.add_column(name, no_wrap=True, justify="left" if name == "options" else "right")
-    for words, by_seed in groups.items():
+    for name, by_seed in groups.items():
         results, rows = zip(*(by_seed[seed] for seed in sorted(by_seed)))
         last = [f"{100 * r['last']['pgd_acc']:.1f}" for r in results]
         mean = sum(r["last"]["pgd_acc"] for r in results) / len(results)
         told = [r["verdict"] + "".join(f", {a['when']}" for a in r["alarms"][:1]) for r in results]
         seconds = sorted(r["seconds"]["training"] for r in results)
         table.add_row(
-            words, ", ".join(map(str, sorted(by_seed))),
+            name, ", ".join(map(str, sorted(by_seed))),
             " / ".join(f"{100 * r['last']['clean_acc']:.1f}" for r in results), " / ".join(last),
             f"{100 * mean:.1f}", " / ".join(f"{100 * r['best']['pgd_acc']:.1f}" for r in results),
             told[0] if len(set(told)) == 1 else " / ".join(told),

@@ -351,10 +351,10 @@ def test_fgsm_collapses_on_shapes_and_der_prevents_it(tmp_path):
         done = run("--quiet", "--out", name, *extra, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         results[name] = json.loads((tmp_path / name / "result.json").read_text())
-    assert results["plain"]["verdict"] == "CO" and results["plain"]["last"]["pgd_acc"] <= 0.05
-    assert results["plain"]["last"]["abs_delta_energy_pgd"] > 1
-    assert results["der"]["verdict"] == "healthy" and results["der"]["last"]["pgd_acc"] >= 0.18
-    assert results["der"]["last"]["clean_acc"] >= 0.45
+    assert results["plain"]["verdict"] == "CO" and results["plain"]["last"]["pgd_acc"] <= 0.1
+    assert results["plain"]["best"]["pgd_acc"] >= 0.18, "it was robust before"
+    assert results["der"]["verdict"] == "healthy" and results["der"]["last"]["pgd_acc"] >= 0.28
+    assert results["der"]["last"]["clean_acc"] >= 0.5
 
 
 @pytest.mark.slow

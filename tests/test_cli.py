@@ -388,3 +388,18 @@ def test_a_preset_never_lends_its_l_inf_eps_to_l2():
 def test_next_command_is_one_step_further_and_can_be_pasted(settings, verdict, tries):
     command = cli.next_command(ebm_at.recipe(**settings), verdict)
     assert command == f"python cli.py train {tries}"
+
+
+# ---------------------------------------------------------------------------------------------- compare
+
+
+def test_compare_gives_runs_that_differ_by_their_seed_one_row(monkeypatch, capsys):
+    logs = sorted((ROOT / "tutorials/results/train").glob("shapes-fgsm-seed*.json"))
+    code, out, err = call(monkeypatch, capsys, "compare", *logs)
+    last = [json.loads(log.read_text())["last"]["pgd_acc"] for log in logs]
+    assert code == 0 and " / ".join(f"{100 * v:.1f}" for v in last) in out, err
+
+
+def test_compare_names_what_is_no_run(monkeypatch, capsys, tmp_path):
+    code, _, err = call(monkeypatch, capsys, "compare", tmp_path / "nothing")
+    assert code == 1 and "nothing" in err and len(err.splitlines()) == 1

@@ -1190,6 +1190,12 @@ class Reference:
             "neighbours_among_train_images": {"pixels": len(every), "features": n},
         }  # fmt: skip
 
+        chance = data.y_test.bincount().max().item() / len(data.y_test)  # the commonest class
+        if right is not None and right < (1 + chance) / 2:  # nearer to guessing than to knowing
+            self.words["warning"] = (f"the judge knows only {right:.1%} of the real test images"
+                                     f" (guessing: {chance:.1%}): FD, IS and class say little;"
+                                     " name a better one with --judge RUN")  # fmt: skip
+            print(f"warning: {self.words['warning']}", file=sys.stderr)
     def spread(self, features):
         """What compares a whole set of images with the test images."""
         k = min(3, len(features) - 1, len(self.test) - 1)
@@ -1224,10 +1230,10 @@ def to_uint8(x):
 
 
 def picture(x8, scale=None):
-    """A uint8 image (C, H, W) as a Pillow image, enlarged so that one sees it."""
+    """A uint8 image (C, H, W) as a Pillow image, grey or RGB, enlarged so that one sees it."""
     from PIL import Image  # torchvision's own requirement
 
-    image = Image.fromarray(x8.expand(3, -1, -1).permute(1, 2, 0).contiguous().cpu().numpy())
+    image = Image.fromarray(x8.permute(1, 2, 0).squeeze(2).contiguous().cpu().numpy())
     scale = scale or max(1, 64 // x8.shape[-1])
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
 
@@ -1243,6 +1249,7 @@ def labelled_grid(rows, names):
         blank = torch.full((width - len(row), *row.shape[1:]), 255, dtype=torch.uint8)
         strips.append(picture(make_grid(torch.cat([row.cpu(), blank]), width, 1, pad_value=255),
                               scale))  # fmt: skip
+    names = ["".join(c for c in name if c.isprintable())[:24] for name in names]
     font = ImageFont.load_default(16)
     margin = 12 + max(int(font.getlength(name)) for name in names)
     page = Image.new("RGB", (margin + strips[0].width, sum(s.height for s in strips)), "white")
@@ -1263,32 +1270,30 @@ def save_film(folder, watch, steps, names):
     for i, name in enumerate(names):
         last = int(steps[watch.filmed[int(chosen[i])]])
         at = sorted({round(last * j / 9) for j in range(10)})
-        labelled_grid([frames[at, i]], [name]).save(folder / "trace" / f"{file_name(name)}.png")
+        labelled_grid([frames[at, i]], [name]).save(folder / "trace" / f"{file_name(i, name)}.png")
     grids = [labelled_grid([frame], [f"step {t:03d}"]) for t, frame in enumerate(frames)]
     durations = [200] * (len(grids) - 1) + [2000]
     grids[0].save(folder / "trace.gif", save_all=True, append_images=grids[1:], loop=0,
                   duration=durations)  # fmt: skip
 
 
-def file_name(name):
-    """A class name as a file name: "T-shirt/top" -> "T-shirt_top"."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)
+def file_name(k, name):
+    """A class in a file name, distinct by its number: 0, "T-shirt/top" -> "00-T-shirt_top"."""
+    safe = (c if c.isascii() and (c.isalnum() or c == "-") else "_" for c in name[:40])
+    return f"{k:02d}-{''.join(safe)}"
 
 
 def save_samples(folder, x8, y, record, classes):
-    """samples/<class>/<n>.png and energies.csv, a row per image."""
-    stopped, counts = ("cap", "target", "diverged"), [0] * len(classes)
-    lines = ["file,class,steps,energy_start,energy_end,target,stopped"]
+    """samples/, one flat folder of PNGs as FID tools want it, and energies.csv, a row per PNG."""
+    stopped = ("cap", "target", "diverged")
+    lines = ["file,label,steps,energy_start,energy_end,target,stopped"]
     values = [record[k].tolist() for k in ("steps", "energy_start", "energy_end", "target")]
     for i, k in enumerate(y.tolist()):
-        name = f"samples/{file_name(classes[k])}/{counts[k]:05d}.png"
-        counts[k] += 1
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        name = f"samples/{i:05d}-class-{file_name(k, classes[k])}.png"
         picture(x8[i], 1).save(folder / name)
+    (folder / "samples").mkdir()
         numbers = ",".join(f"{v[i]:.6g}" for v in values)
-        lines.append(
-            f"{name},{file_name(classes[k])},{numbers},{stopped[int(record['stopped'][i])]}"
-        )
+        lines.append(f"{name},{k},{numbers},{stopped[int(record['stopped'][i])]}")
     write_atomically(folder / "energies.csv", "\n".join(lines) + "\n")
 
 

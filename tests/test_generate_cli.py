@@ -5,11 +5,13 @@ import dataclasses
 import inspect
 import json
 import signal
+import string
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from test_cli import ROOT, call
 import cli
 import ebm_at
 
+SAFE = set(string.ascii_letters + string.digits + "-_.")
 FEW = "--per-class 4 --neighbours 5 --components 6 --steps 3 --device cpu".split()
 
 
@@ -74,16 +77,17 @@ def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
 
     with open(folder / "energies.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 12 == len(pngs(folder / "samples")) + 8  # names repeat in each class
+    assert [row["file"] for row in rows] == [f"samples/{name}" for name in pngs(folder / "samples")]
+    assert len(rows) == 12 and rows[4]["file"] == "samples/00004-class-01-1.png"
     report = json.loads((folder / "report.json").read_text())
     model, _ = ebm_at.load_model(shop / "runs/a/best.pt")
     for row in rows:
         with Image.open(folder / row["file"]) as image:
-            x = torch.from_numpy(np.asarray(image)[..., 0].copy())[None, None].float() / 255
-        assert row["file"].split("/")[1] == row["class"]
+            assert image.mode == "L"  # as the data are
+            x = torch.from_numpy(np.asarray(image).copy())[None, None].float() / 255
         with torch.no_grad():  # up to the rounding to 8 bits
-            energy = -model(x)[0, int(row["class"])].item()
-        assert energy == pytest.approx(float(row["energy_end"]), abs=0.1)
+            energy = -model(x)[0, int(row["label"])].item()
+        assert energy == pytest.approx(float(row["energy_end"]), rel=0.01, abs=0.1)
         reached = float(row["energy_end"]) <= float(row["target"])
         assert row["stopped"] == ("target" if reached else "cap")
         assert row["stopped"] == "target" or row["steps"] == "3"
@@ -94,6 +98,44 @@ def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
     with Image.open(folder / "trace.gif") as film:
         assert film.n_frames >= 1
     assert (shop / "runs/a/pca.pt").exists() and len(list((shop / "runs/judges").glob("*.pt"))) == 1
+
+
+def test_classes_whose_names_differ_in_signs_keep_all_their_files(tmp_path):
+    names, y = ["a/b", "a b", "a\nb", "猫", "c" * 300], torch.arange(5).repeat_interleave(3)
+    record = {k: torch.zeros(15) for k in ("steps", "energy_start", "energy_end", "target",
+                                           "stopped")}  # fmt: skip
+    x8 = torch.zeros(15, 3, 8, 8, dtype=torch.uint8)
+    cli.save_samples(tmp_path, x8, y, record, names)
+    found = pngs(tmp_path / "samples")
+    assert len(found) == 15 and all(set(name) <= SAFE for name in found)
+    watch = SimpleNamespace(filmed=[0, 3, 6, 9, 12], frames=[x8[::3]] * 2)
+    cli.save_film(tmp_path, watch, torch.ones(15, dtype=torch.int64), names)
+    assert len(pngs(tmp_path / "trace")) == 5
+
+
+def test_a_judge_that_hardly_knows_the_real_images_is_said(capsys, shop):
+    data, where = ebm_at.load_data(str(shop / "data.npz")), torch.device("cpu")
+    console = cli.Console(quiet=True)
+    for constant, warned in ((True, True), (False, False)):
+        judge = ebm_at.load_model(shop / "runs/a/best.pt")[0]
+        if constant:
+            torch.nn.init.zeros_([m for m in judge.modules() if hasattr(m, "weight")][-1].weight)
+        judged = cli.Reference(judge, "a judge", data, [0, 1, 2], 0, where, console, 100)
+        right, said = judged.words["judge_test_accuracy"], capsys.readouterr().err
+        assert ("warning" in judged.words) == warned == (right < 2 / 3), right
+        assert (said.count("\n") == 1 and f"knows only {right:.1%}" in said) == warned
+
+
+def test_distances_in_pixels_are_the_same_taken_in_parts(monkeypatch, shop):
+    data, where = ebm_at.load_data(str(shop / "data.npz")), torch.device("cpu")
+    judge, found = ebm_at.load_model(shop / "runs/a/best.pt")[0], []
+    for at_once in (2**26, 256 * 7):  # the second: seven images at a time
+        monkeypatch.setattr(ebm_at.ClassPCA, "AT_ONCE", at_once)
+        judged = cli.Reference(judge, "", data, [0, 2], 0, where, cli.Console(quiet=True), 100)
+        found.append(judged.of(data.x_test[:20], data.y_test[:20]))
+    assert found[0] == found[1] and found[0]["nearest_pixels"] > 0
+    copies = judged.of(data.x_train[data.y_train != 1], data.y_train[data.y_train != 1])
+    assert copies["nearest_pixels"] == 0 == copies["nearest_pixels_min"]
 
 
 def test_same_seed_same_files_whatever_the_batch_size(monkeypatch, capsys, shop, tmp_path):

@@ -1103,8 +1103,8 @@ def pick_classes(text, classes):
 
 def checksum(data):
     """A number that changes with the training images and their labels."""
-    labels = zlib.crc32(data.y_train.contiguous().numpy().tobytes())
-    return zlib.crc32(data.x_train.contiguous().numpy().tobytes(), labels)
+    labels = zlib.crc32(data.y_train.contiguous().numpy())
+    return zlib.crc32(data.x_train.contiguous().numpy(), labels)
 
 
 def fitted_pca(path, data, components, device):
@@ -1166,18 +1166,19 @@ class Reference:
         self.judge, self.batch_size = judge, batch_size
         self.knows_classes = not isinstance(judge, ebm_at.Inception)  # it knows ImageNet's
 
-        def real(split):  # all images of the wanted classes, and (images, labels) to be judged
+        # memory: per split `most` images (all of them: 0) as uint8, and their features
+        def real(split):  # rows of the wanted classes, and the (images, labels) to be judged
             x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
             rows = torch.isin(y, torch.tensor(classes)).nonzero().squeeze(1)
             judged = rows[ebm_at.stratified(y[rows], min(most or len(rows), len(rows)), 0)]
-            return x[rows].to(device), x[judged].to(device), y[judged].to(device)
+            return rows, x[judged].to(device), y[judged].to(device)
 
-        every, x, _ = real("train")
+        self.rows, x, _ = real("train")
         _, self.x, self.y = real("test")
         if len(self.x) < 2:
             raise BadInput("the test split has fewer than 2 images of these classes to compare"
                            " with: use --no-metrics")  # fmt: skip
-        self.pixels, n = ebm_at.as_pixels(every).flatten(1), len(x)
+        self.x_train, n = data.x_train, len(x)
         with Bar(console, "judging real images", n + len(self.x)) as bar:
             self.train, _ = ebm_at.judge_images(judge, x, batch_size, bar.to)
             self.test, self.p = ebm_at.judge_images(
@@ -1187,15 +1188,15 @@ class Reference:
         self.words = {
             "judge": words, "judge_test_accuracy": right,
             "reference": f"{len(self.x)} test images",
-            "neighbours_among_train_images": {"pixels": len(every), "features": n},
+            "neighbours_among_train_images": {"pixels": len(self.rows), "features": n},
         }  # fmt: skip
-
         chance = data.y_test.bincount().max().item() / len(data.y_test)  # the commonest class
         if right is not None and right < (1 + chance) / 2:  # nearer to guessing than to knowing
             self.words["warning"] = (f"the judge knows only {right:.1%} of the real test images"
                                      f" (guessing: {chance:.1%}): FD, IS and class say little;"
                                      " name a better one with --judge RUN")  # fmt: skip
             print(f"warning: {self.words['warning']}", file=sys.stderr)
+
     def spread(self, features):
         """What compares a whole set of images with the test images."""
         k = min(3, len(features) - 1, len(self.test) - 1)

@@ -2361,19 +2361,17 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
 def principal_components(flat, components):
     """The leading principal directions of centred rows.
 
-    The directions are eigenvectors of the covariance (D, D), but with n < D rows it is cheaper to
-    take those u of the Gram matrix (n, n): its eigenvalues s^2 are the same, and v = flat^T u / s.
-    Where both matrices are large and few directions are wanted, neither is formed: a random
-    subspace is multiplied by the covariance again and again (orthogonal iteration), which turns it
-    towards the leading directions.
+    They are eigenvectors of the covariance (D, D), but with n < D rows those u of the Gram matrix
+    (n, n) are cheaper: the same eigenvalues s^2, and v = flat^T u / s. Where both are large and few
+    directions wanted, neither is formed: a random subspace, multiplied by the covariance again and
+    again (orthogonal iteration), turns towards the leading directions.
 
     Args: flat (n, D); components, how many (int), or the share of variance to retain (0 < v < 1).
-    Returns: directions (P, D) with orthonormal rows, standard deviation along each (P,).
-    Source: Halko, Martinsson & Tropp 2011, algorithm 4.4.
+    Returns: directions (P, D) with orthonormal rows, standard deviation along each (P,). Source:
+    Halko, Martinsson & Tropp 2011, algorithm 4.4.
     """
     n, d = flat.shape
-    # Few directions of a large matrix: 10 more than wanted, and 6 rounds, make the leading ones as
-    # good as exact for images (tests/test_generate.py compares them).
+    # 10 more directions than wanted, and 6 rounds, make the leading ones as good as exact
     if components >= 1 and 20 * components < min(n, d):
         q = torch.randn(d, components + 10, generator=torch.Generator().manual_seed(0))
         q = q.to(flat)
@@ -2398,8 +2396,8 @@ class ClassPCA:
     """(E26) One PCA per class: codes z = V_y (x - mu_y) of an image, and back, x = mu_y + V_y^T z.
 
     mean (K, D); components V (K, P, D), orthonormal rows, zeros where a class has fewer than P; std
-    (K, P), of real codes; codes (n, P) and labels (n,) of the images it was fitted to; shape of an
-    image, [C, H, W] with D = C H W.
+    (K, P), of real codes; codes (n, P) and labels (n,) of all real images; shape of an image,
+    [C, H, W] with D = C H W.
     """
 
     mean: torch.Tensor
@@ -2408,29 +2406,31 @@ class ClassPCA:
     codes: torch.Tensor
     labels: torch.Tensor
     shape: list
+    AT_ONCE = 2**26  # floats of images in memory at a time, 256 MB: 21,845 images of 3x32x32
 
     @classmethod
     def fit(cls, x, y, num_classes, components=50):
         """Fits one PCA to the images of each class, on the device they lie on.
 
-        Args: x, uint8, or float in [0, 1], (n, C, H, W); y int64 (n,); components, their number, or
-            the share of the variance they retain (0 < v < 1).
-        Raises: BadInput for a class without images, labels of other classes, or a number of
-            components that is none.
+        At most AT_ONCE / D of them, taken evenly, so that memory beyond x and the result stays near
+        1 GB. Args: x, uint8, or float in [0, 1], (n, C, H, W); y int64 (n,); components, their
+        number, or the share of variance they retain. Raises: BadInput.
         """
         if len(y) and (y.min() < 0 or y.max() >= num_classes):
             raise BadInput(f"labels from {y.min()} to {y.max()}, but {num_classes} classes to fit")
-        whole = components >= 1 and components == int(components)
+        whole = 1 <= components < math.inf and components == int(components)
         if not whole and not 0 < components < 1:
             raise BadInput(f"components must be a whole number or a share below 1: {components}")
         fitted = []
         for k in range(num_classes):
-            of_class = as_pixels(x[y == k]).flatten(1)
-            if len(of_class) == 0:
+            rows = (y == k).nonzero().squeeze(1)
+            if len(rows) == 0:
                 raise BadInput(f"class {k} has no images; the PCA needs some of every class")
+            rows = rows[evenly(max(2, cls.AT_ONCE // x[0].numel()), len(rows)).to(rows.device)]
+            of_class = as_pixels(x[rows]).flatten(1)
             mean = of_class.mean(0)
-            found = principal_components(of_class - mean, int(components) if whole else components)
-            fitted.append((mean, *found))
+            v, std = principal_components(of_class - mean, int(components) if whole else components)
+            fitted.append((mean, v.clone(), std))  # v is part of a matrix as large as of_class
         most = max(1, max(len(s) for _, _, s in fitted))
         v = torch.stack([F.pad(v, (0, 0, 0, most - len(v))) for _, v, _ in fitted])
         std = torch.stack([F.pad(s, (0, most - len(s))) for _, _, s in fitted])
@@ -2443,8 +2443,8 @@ class ClassPCA:
         """Codes of images under their class's PCA: (N, C, H, W), (N,) -> (N, P)."""
         z = torch.empty(len(x), self.std.shape[1], device=self.mean.device)
         for k in y.unique().tolist():
-            rows = y == k
-            z[rows] = (as_pixels(x[rows]).flatten(1) - self.mean[k]) @ self.components[k].T
+            for rows in (y == k).nonzero()[:, 0].split(1 + self.AT_ONCE // self.mean.shape[1]):
+                z[rows] = (as_pixels(x[rows]).flatten(1) - self.mean[k]) @ self.components[k].T
         return z
 
     def decode(self, z, y):

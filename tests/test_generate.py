@@ -93,13 +93,28 @@ def test_pca_takes_uint8_single_images_and_grey_pictures():
     torch.testing.assert_close(pca.decode(pca.codes, y), x8.float() / 255, rtol=0, atol=1e-4)
 
 
+def test_pca_of_many_images_is_fitted_to_some_and_encodes_all(monkeypatch):
+    """AT_ONCE bounds the memory: here ten images of D = 60 at a time, taken evenly."""
+    x, y = make_images(100)
+    monkeypatch.setattr(ClassPCA, "AT_ONCE", 600)
+    pca, some = ClassPCA.fit(x, y, K, 4), torch.zeros(len(y), dtype=torch.bool)
+    for k in range(K):
+        rows = (y == k).nonzero().squeeze(1)
+        some[rows[torch.arange(10) * len(rows) // 10]] = True
+    of_some = ClassPCA.fit(x[some], y[some], K, 4)
+    torch.testing.assert_close(pca.mean, of_some.mean)
+    torch.testing.assert_close(pca.components, of_some.components)
+    assert pca.codes.shape == (len(y), 4)
+    torch.testing.assert_close(pca.codes[some], of_some.codes)
+
+
 def test_pca_refuses_an_empty_class_and_impossible_numbers_of_components():
     x, y = make_images()
     with pytest.raises(BadInput, match="class 3 has no images"):
         ClassPCA.fit(x, y, K + 1)
     with pytest.raises(BadInput, match="labels from 0 to 2, but 2 classes"):
         ClassPCA.fit(x, y, K - 1)
-    for components in (0, -1, 2.5):
+    for components in (0, -1, 2.5, math.inf, math.nan):
         with pytest.raises(BadInput, match="components"):
             ClassPCA.fit(x, y, K, components)
 

@@ -613,13 +613,13 @@ def test_the_files_named_in_that_message_are_those_torchvision_looks_for():
 
 
 def windows_of(image, found):
-    """Every (row, column, flipped) at which `found` is a window of `image` padded by 4."""
+    """Every (row, column, flipped) at which `found` is a window of `image` padded by 2."""
     c, h, w = image.shape
-    padded = np.zeros((c, h + 8, w + 8), image.dtype)
-    padded[:, 4:-4, 4:-4] = image
+    padded = np.zeros((c, h + 4, w + 4), image.dtype)
+    padded[:, 2:-2, 2:-2] = image
     places = []
-    for row in range(9):
-        for column in range(9):
+    for row in range(5):
+        for column in range(5):
             window = padded[:, row : row + h, column : column + w]
             for flipped, candidate in ((False, window), (True, window[:, :, ::-1])):
                 if np.array_equal(candidate, found):
@@ -631,7 +631,7 @@ def windows_of(image, found):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_augmented_images_are_windows_of_the_padded_ones(how, dtype, tmp_path):
     """Height and width differ, so that a mix-up of rows and columns cannot pass."""
-    n, shape = 120, (3, 12, 10)
+    n, shape = 120, (3, 18, 16)  # an eighth of the shorter side is 2
     x = torch.randint(1, 256, (n, *shape), generator=torch.Generator().manual_seed(0)).to(dtype)
     before = x.clone()
     out = augment(x, how, torch.Generator().manual_seed(1))
@@ -640,8 +640,7 @@ def test_augmented_images_are_windows_of_the_padded_ones(how, dtype, tmp_path):
     places = [windows_of(a.numpy(), b.numpy()) for a, b in zip(x, out)]
     assert all(len(p) == 1 for p in places)
     rows, columns, flipped = zip(*(p[0] for p in places))
-    # each of 9 offsets is missed by 120 draws with probability 9 * (8/9)^120 < 1e-5
-    assert set(rows) == set(columns) == set(range(9))
+    assert set(rows) == set(columns) == set(range(5))
     if how == "crop":
         assert not any(flipped)  # a mirrored digit is another sign
     else:

@@ -457,7 +457,9 @@ def test_recipes_follow_their_sources():
     mart = ebm_at.recipe("cifar10", "mart")
     assert (mart.lr, mart.weight_decay, mart.method_beta) == (0.01, 3.5e-3, 5.0)
     assert ebm_at.recipe("cifar10", "fgsm", grad_align=0.2).lr == 0.3
-    assert ebm_at.recipe("mnist").augment == "crop", "a mirrored digit is another sign"
+    for name in ("mnist", "svhn", "my/digits.npz"):
+        assert ebm_at.recipe(name).augment == "crop", "a mirrored digit is another sign"
+    assert ebm_at.recipe("cifar10").augment == "crop-flip"
     assert fast.eps == pytest.approx(8 / 255)
     svhn = ebm_at.recipe("svhn", "n-fgsm")
     assert (svhn.lr, svhn.eps_warmup) == (0.05, 5.0)

@@ -389,9 +389,9 @@ def train(
     display = Display(config, list(trainer.history), quiet or not leader)
     display.say(
         f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
-        f" images, eps {eps_text(config.eps, config.norm)} ({config.norm}), {config.model},"
-        f" {config.epochs} epochs,"
-        f" {trainer.device} {str(trainer.dtype).removeprefix('torch.')},"
+        f" images{f' ({data.note})' * bool(data.note)}, augment {config.augment},"
+        f" eps {eps_text(config.eps, config.norm)} ({config.norm}), {config.model},"
+        f" {config.epochs} epochs, {trainer.device} {str(trainer.dtype).removeprefix('torch.')},"
         f" {thread_text(config.threads)}, seed {config.seed}"
     )
     run(trainer, folder if leader else None, display)
@@ -1207,7 +1207,11 @@ class Reference:
     def each(self, x8, y, features, p):
         """What is said image by image: median and least distance to a training image, and so on."""
         score = ebm_at.inception_score(p, min(10, len(p)))
-        pixels, _ = ebm_at.nearest_distance(ebm_at.as_pixels(x8).flatten(1), self.pixels)
+        made = ebm_at.as_pixels(x8).flatten(1)
+        pixels = torch.full_like(made[:, 0], math.inf)
+        for rows in self.rows.split(max(1, ebm_at.ClassPCA.AT_ONCE // made.shape[1])):
+            part = ebm_at.as_pixels(self.x_train[rows].to(made.device)).flatten(1)
+            pixels = pixels.minimum(ebm_at.nearest_distance(made, part)[0])
         deep, _ = ebm_at.nearest_distance(features, self.train)
         agreement = ebm_at.class_agreement(p, y) if self.knows_classes else None
         return {"is": score[0], "is_std": score[1], "agreement": agreement,
@@ -1245,12 +1249,12 @@ def labelled_grid(rows, names):
 
     make_grid, width = ebm_at.import_torchvision().utils.make_grid, max(len(r) for r in rows)
     scale = max(1, 64 // rows[0].shape[-1])
+    names = ["".join(c for c in name if c.isprintable())[:24] for name in names]
     strips = []
     for row in rows:
         blank = torch.full((width - len(row), *row.shape[1:]), 255, dtype=torch.uint8)
         strips.append(picture(make_grid(torch.cat([row.cpu(), blank]), width, 1, pad_value=255),
                               scale))  # fmt: skip
-    names = ["".join(c for c in name if c.isprintable())[:24] for name in names]
     font = ImageFont.load_default(16)
     margin = 12 + max(int(font.getlength(name)) for name in names)
     page = Image.new("RGB", (margin + strips[0].width, sum(s.height for s in strips)), "white")
@@ -1289,10 +1293,10 @@ def save_samples(folder, x8, y, record, classes):
     stopped = ("cap", "target", "diverged")
     lines = ["file,label,steps,energy_start,energy_end,target,stopped"]
     values = [record[k].tolist() for k in ("steps", "energy_start", "energy_end", "target")]
+    (folder / "samples").mkdir()
     for i, k in enumerate(y.tolist()):
         name = f"samples/{i:05d}-class-{file_name(k, classes[k])}.png"
         picture(x8[i], 1).save(folder / name)
-    (folder / "samples").mkdir()
         numbers = ",".join(f"{v[i]:.6g}" for v in values)
         lines.append(f"{name},{k},{numbers},{stopped[int(record['stopped'][i])]}")
     write_atomically(folder / "energies.csv", "\n".join(lines) + "\n")

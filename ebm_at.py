@@ -54,8 +54,8 @@ import dataclasses
 import difflib
 import math
 import os
-import pickle
 import time
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -239,6 +239,7 @@ class Data:
     y_test: torch.Tensor
     classes: list
     name: str
+    note: str = ""  # what was left out while reading
 
     def to(self, device):
         """The same data on `device`, images channels-last, as the convolutions want them."""
@@ -336,18 +337,14 @@ def make_shapes(n, seed):
 
 
 def import_torchvision():
-    """Imports torchvision, also where its compiled part does not fit the installed torch.
+    """Imports torchvision, also where a wheel made for CUDA lies beside a CPU torch.
 
-    torchvision's wheels are built against a CUDA torch. Beside a CPU torch its compiled operators
-    cannot load, and the import stops at "operator torchvision::nms does not exist" although nothing
-    here needs that operator. Declaring its signature, without an implementation, is enough. With a
-    matching pair the first import succeeds and nothing is declared.
+    There the import stops at "operator torchvision::nms does not exist", although nothing here
+    needs that operator. Declaring its signature, without an implementation, is enough.
     """
     try:
         import torchvision
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
+    except RuntimeError:  # another reason than this one shows itself at the second import
         for op in ("nms", "qnms"):
             signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
             torch.library.define(f"torchvision::{op}", signature)
@@ -360,11 +357,12 @@ def import_torchvision():
 TORCHVISION_SETS = {  # name: what to put into the data directory where the download does not work
     "cifar10": "cifar-10-python.tar.gz (or the unpacked folder cifar-10-batches-py)",
     "cifar100": "cifar-100-python.tar.gz (or the unpacked folder cifar-100-python)",
-    "svhn": "train_32x32.mat and test_32x32.mat",
+    "svhn": "(after pip install scipy, which reads them) train_32x32.mat and test_32x32.mat",
     "mnist": "the four files *-ubyte.gz of MNIST, in MNIST/raw/,",
     "fashion-mnist": "the four files *-ubyte.gz of Fashion-MNIST, in FashionMNIST/raw/,",
 }
 DATASETS = ["shapes", *TORCHVISION_SETS]
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0):
@@ -375,18 +373,17 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
 
     Args:
         name: one of DATASETS; a path to an .npz with MedMNIST's keys (train_images (N, H, W) or
-            (N, H, W, C) uint8, train_labels (N,) or (N, 1), test_images, test_labels, optional
-            val_images, val_labels); or a path to a folder with train/<class>/ and test/<class>/.
+            (N, H, W, C) uint8, train_labels (N,) or (N, 1), test_..., optional val_...); or to a
+            folder with train/<class>/, test/<class>/, optional val/ (or valid/, validation/).
         data_dir: where torchvision's sets lie or are downloaded to.
         limit: train on that many images, stratified; 0 = all. Validation and test stay whole.
-        val_fraction: share of the training images that is held out.
-        seed: of the splits, and of the pictures of `shapes`.
+        val_fraction: share of the training images held out. seed: of the splits, and of `shapes`.
     Returns: Data, on the CPU.
     Raises: BadInput for an unknown name or unusable data; RunError for files that cannot be had.
     """
     if not 0 < val_fraction < 1:
         raise BadInput(f"val_fraction must be between 0 and 1, not {val_fraction}")
-    name = str(name)
+    name, note = str(name), ""
     if name == "shapes":
         test = make_shapes(2000, seed + 1_000_003)
         splits = {"train": make_shapes(SHAPES_TRAIN, seed), "test": test}
@@ -396,30 +393,34 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
     elif name.endswith(".npz"):
         splits, classes = _load_npz(name)
     elif os.path.isdir(name):
-        splits, classes = _load_folder(name)
+        splits, classes, note = _load_folder(name)
     elif os.sep in name:
         raise RunError(f"no data at '{name}': give an .npz file or a folder with train/ and test/")
     else:
         check_choice("data set", name, DATASETS)
-    _check_splits(splits, len(classes), name)
+    for split, (x, y) in splits.items():
+        if len(x) == 0 or x.shape[1:] != splits["train"][0].shape[1:]:
+            raise BadInput(f"'{name}': {split} has no images, or images of another size than train")
+        if y.min() < 0 or y.max() >= len(classes):
+            raise BadInput(f"'{name}': the labels of {split} must lie in 0..{len(classes) - 1}")
     if "val" not in splits:
         x, y = splits["train"]
         count = round(len(y) * val_fraction)
         if not 0 < count < len(y):
-            share_of = f"{val_fraction:g} of {len(y)} training images"
-            raise BadInput(f"'{name}': {share_of} leaves no validation or no training split")
+            raise BadInput(f"'{name}': {val_fraction:g} of {len(y)} images leaves an empty split")
         held_out = torch.zeros(len(y), dtype=torch.bool)
         held_out[stratified(y, count, seed)] = True
         splits["train"], splits["val"] = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
     if limit:
         x, y = splits["train"]
         if not len(classes) <= limit <= len(y):
-            raise BadInput(
-                f"limit {limit} must be between {len(classes)} (the classes) and {len(y)}"
-            )
+            raise BadInput(f"limit {limit} must lie between {len(classes)} (classes) and {len(y)}")
         chosen = stratified(y, limit, seed)
         splits["train"] = x[chosen], y[chosen]
-    return Data(*splits["train"], *splits["val"], *splits["test"], classes, name)
+    if missing := set(range(max(2, len(classes)))) - set(splits["train"][1].tolist()):
+        raise BadInput(f"'{name}': class {min(missing)} has no images to train on: number labels"
+                       " 0, 1, ..., have two train/<class>/ or more, or raise limit")  # fmt: skip
+    return Data(*splits["train"], *splits["val"], *splits["test"], classes, name, note)
 
 
 def evenly(count, n):
@@ -435,15 +436,6 @@ def stratified(y, count, seed):
     return chosen[torch.from_numpy(np.random.default_rng(seed + 1).permutation(count))]
 
 
-def _check_splits(splits, num_classes, name):
-    """Refuses splits that do not fit together in image size or labels."""
-    for split, (x, y) in splits.items():
-        if len(x) == 0 or x.shape[1:] != splits["train"][0].shape[1:]:
-            raise BadInput(f"'{name}': {split} has no images, or images of another size than train")
-        if y.min() < 0 or y.max() >= num_classes:
-            raise BadInput(f"'{name}': the labels of {split} must lie in 0..{num_classes - 1}")
-
-
 def _to_nchw(images, where):
     """NumPy uint8 (N, H, W) or (N, H, W, C) -> tensor (N, C, H, W), square, C 1 or 3."""
     images = np.asarray(images)
@@ -452,69 +444,113 @@ def _to_nchw(images, where):
         raise BadInput(f"{where}: images must be uint8 in 0..255, not {images.dtype}")
     square = images.ndim == 4 and images.shape[1] == images.shape[2] >= 8
     if not square or images.shape[3] not in (1, 3):
-        wanted = "(N, S, S) or (N, S, S, 1 or 3), at least 8x8"
-        raise BadInput(f"{where}: images must be {wanted}, not {images.shape}")
+        raise BadInput(f"{where}: images must be (N, S, S[, 1 or 3]), S >= 8, not {images.shape}")
+    if images.size and images.max() < 32:  # zeros and ones, 4 bits: they would be nearly black
+        raise BadInput(f"{where}: no value is above {images.max()}; scale images to 0..255")
     return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def _load_npz(path):
     """Splits and class names from an .npz with MedMNIST's keys."""
-    if not os.path.isfile(path):
-        raise RunError(f"no file '{path}'")
-    try:  # allow_pickle=False: a pickle inside an .npz would run its author's code
+    if not os.path.isfile(path):  # reading a FIFO or a device might never end
+        raise RunError(f"no file '{path}', or no regular one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {m.filename.removesuffix(".npy"): m.file_size for m in archive.infolist()}
+        if (size := sum(sizes.values())) > max(2**30, 200 * os.path.getsize(path)):
+            raise OSError(f"a bomb of {size / 2**30:.1f} GB")  # images shrink tenfold, not 200-fold
+        keys = [f"{s}_{part}" for s in ("train", "val", "test") for part in ("images", "labels")]
+        # allow_pickle=False: a pickle inside an .npz would run its author's code
         with np.load(path, allow_pickle=False) as archive:
-            wanted = [k for k in archive.files if k.split("_")[0] in ("train", "val", "test")]
-            arrays = {k: archive[k] for k in wanted}
-    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile, TypeError,
-            AttributeError) as error:  # fmt: skip
+            arrays = {k: np.asarray(archive[k]) for k in keys if k in sizes}
+    except Exception as error:  # damage brings out a dozen kinds, MemoryError among them
         raise RunError(f"'{path}' cannot be read as an .npz of plain arrays: {error}") from error
     splits = {}
-    for split in ("train", "val", "test"):
+    for split in ["train", "test"] + ["val"] * ("val_images" in arrays or "val_labels" in arrays):
         x, y = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
-        if split == "val" and x is None and y is None:
-            continue
         if x is None or y is None:
-            has = ", ".join(arrays)
-            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; it has: {has}")
+            has = f"it has: {', '.join(sizes)[:300] or 'nothing'}; wanted: {', '.join(keys)}"
+            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; {has} (val if any)")
         x = _to_nchw(x, f"'{path}' {split}_images")
         if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "iu":
-            wanted = f"must be {len(x)} integers, (N,) or (N, 1)"
-            raise BadInput(f"'{path}' {split}_labels {wanted}, not {y.dtype} {y.shape}")
+            raise BadInput(f"'{path}' {split}_labels: not {len(x)} integers but {y.dtype}{y.shape}")
         splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
-    top = max(splits["train"][1].tolist(), default=-1)
-    if top >= 100_000:
-        raise BadInput(f"'{path}' train_labels hold {top}: labels must count from 0 without gaps")
-    return splits, [str(k) for k in range(1 + top)]
+    y = splits["train"][1].tolist()  # more classes than images cannot be: see load_data
+    return splits, [str(k) for k in range(1 + min(max(y, default=-1), len(y)))]
+
+
+def _read_picture(path):
+    """Pixels of a picture (its first frame) as a viewer shows them: uint8 (H, W) or (H, W, 3).
+
+    Turned as its EXIF says; what is transparent, on white. Raises: RunError, naming the file.
+    """
+    from PIL import Image, ImageOps  # torchvision's own requirement
+
+    try:
+        if not os.path.isfile(path):
+            raise OSError("no regular file, or a link to nothing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what is refused here
+            with Image.open(path) as image:  # reads the header only
+                if max(image.size) > 4096 or image.mode[0] in "IF":  # or Pillow cuts off at 255
+                    raise OSError(f"mode {image.mode}, {image.size}: give 8 bits, up to 4096x4096")
+                grey = image.mode in ("1", "L", "LA")
+                image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("L" if grey else "RGB"))
+    except Exception as error:  # damage brings out a dozen kinds
+        raise RunError(f"picture '{path}' cannot be used: {error}") from error
+
+
+def _find_pictures(folder, seen, left_out):
+    """Paths of the pictures in a folder and below it; hidden and other files go to `left_out`.
+
+    `seen`: the folders read so far. A link back to one would double its pictures (in train and
+    test: a leak), or never end; so would the second copies in the hidden .ipynb_checkpoints.
+    """
+    if (real := os.path.realpath(folder)) in seen:
+        raise OSError(f"'{folder}' leads to a folder that is read already: remove that link")
+    seen.add(real)
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path, hidden = os.path.join(folder, name), name.startswith(".")
+        if not hidden and os.path.isdir(path):
+            found += _find_pictures(path, seen, left_out)
+        else:
+            (found if name.lower().endswith(PICTURES) and not hidden else left_out).append(path)
+    if not found:
+        raise OSError(f"no picture ({', '.join(PICTURES)}) in '{folder}': fill or remove it")
+    return found
 
 
 def _load_folder(path):
-    """Splits and class names from a folder with train/<class>/ and test/<class>/."""
-    from PIL import Image  # torchvision's own requirement
-
-    def read(file):
-        """Pixels of a file; grey ones stay grey (one channel), everything else becomes RGB."""
-        with Image.open(file) as image:
-            return np.asarray(image if image.mode == "L" else image.convert("RGB"))
-
-    splits, classes = {}, None
-    for split in ("train", "val", "test"):
-        folder = os.path.join(path, split)
-        if split == "val" and not os.path.isdir(folder):
+    """Splits, class names and a note from a folder with train/<class>/ and test/<class>/."""
+    splits, classes, seen, left_out, first = {}, None, set(), [], None
+    for split, names in dict(train="train", val="val or valid or validation", test="test").items():
+        there = [f for name in names.split(" or ") if os.path.isdir(f := os.path.join(path, name))]
+        if split == "val" and not there:
             continue
-        if not os.path.isdir(folder):
-            raise RunError(f"folder '{path}' has no {split}/ with one folder of images per class")
+        if len(there) != 1:
+            raise RunError(f"folder '{path}' must have one {names}/ with a folder per class")
         try:
-            found = import_torchvision().datasets.ImageFolder(folder, loader=read)
-            images = [image for image, _ in found]
-        except (OSError, ValueError, SyntaxError) as error:  # an empty class, a damaged picture
-            raise RunError(f"folder '{folder}' cannot be read: {error}") from error
-        if classes not in (None, found.classes):
-            raise BadInput(f"folder '{path}': {split}/ has other classes than train/")
-        if len({image.shape for image in images}) > 1:
-            raise BadInput(f"folder '{folder}': all images must have one size and one mode")
-        classes = found.classes
-        splits[split] = _to_nchw(np.stack(images), folder), torch.tensor(found.targets)
-    return splits, classes
+            files = _find_pictures(there[0], seen, left_out)
+            first = first or (files[0], _read_picture(files[0]).shape)
+            x = np.empty((len(files), *first[1]), np.uint8)
+        except (OSError, RecursionError, MemoryError) as error:
+            raise RunError(f"folder '{there[0]}' cannot be used: {error}") from error
+        kinds = [os.path.relpath(file, there[0]).split(os.sep) for file in files]
+        found, y = np.unique([k[0] for k in kinds], return_inverse=True)
+        if classes not in (None, found.tolist()) or min(map(len, kinds)) < 2:
+            raise BadInput(f"folder '{there[0]}' has pictures in no class, or not train/'s classes")
+        classes = found.tolist()
+        for i, file in enumerate(files):
+            pixels = _read_picture(file)
+            if pixels.shape != first[1]:
+                raise BadInput(f"'{file}' is {pixels.shape}, '{first[0]}' is {first[1]}: pictures"
+                               " need one size, and to be all grey or all in colour")  # fmt: skip
+            x[i] = pixels
+        splits[split] = _to_nchw(x, f"'{files[0]}' and the others"), torch.from_numpy(y)
+    return splits, classes, f"{len(left_out)} hidden or other files left out" * bool(left_out)
 
 
 def _load_torchvision(name, data_dir):
@@ -523,54 +559,20 @@ def _load_torchvision(name, data_dir):
     splits, classes = {}, [str(k) for k in range(10)]
     try:
         for split in ("train", "test"):
-            if name == "svhn":  # torchvision reads it with scipy, which this project does without
-                url, file, md5 = sets.SVHN.split_list[split]
-                sets.utils.download_url(url, data_dir, file, md5)
-                mat = _read_mat(os.path.join(data_dir, file))
-                images, y = mat["X"].transpose(3, 0, 1, 2), mat["y"].reshape(-1) % 10  # 10 means 0
+            if name == "svhn":
+                import scipy.io  # noqa: F401  (torchvision's reader: missed before the download)
+                found = sets.SVHN(data_dir, split, download=True)
+                images, y = found.data.transpose(0, 2, 3, 1), found.labels
             else:
                 kind = name.upper() if name != "fashion-mnist" else "FashionMNIST"
                 found = getattr(sets, kind)(data_dir, train=split == "train", download=True)
                 images, y, classes = found.data, found.targets, list(found.classes)
             splits[split] = _to_nchw(images, name), torch.as_tensor(np.asarray(y)).long()
-    except (OSError, RuntimeError, KeyError, EOFError, zlib.error, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())  # torchvision's messages span several lines
-        raise RunError(
-            f"{name} could not be downloaded or read ({reason}). Put {TORCHVISION_SETS[name]} into"
-            f" '{data_dir}', or name another folder with --data-dir"
-        ) from error
+    except Exception as error:  # no host, no disk, or one of the many kinds of damage
+        raise RunError(f"{name} could not be downloaded or read ({' '.join(str(error).split())})."
+                       f" Put {TORCHVISION_SETS[name]} into '{data_dir}', or name another folder"
+                       " with --data-dir") from error  # fmt: skip
     return splits, classes
-
-
-def _read_mat(path):
-    """The numeric arrays of a MATLAB 5 file (the format of SVHN) as {name: array}.
-
-    A 128-byte header, then elements: (type, size) as two uint32 and the bytes, padded to 8. Type
-    15 is a zlib-compressed element; type 14 a matrix, itself a row of elements: flags, dimensions,
-    name, values. A small element packs size (upper half of the first word), type and data into 8
-    bytes.
-    """
-    kinds = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8"}
-
-    def elements(blob):
-        """Yields (type, bytes) of each element of a blob."""
-        at = 0
-        while at + 8 <= len(blob):
-            tag, size = np.frombuffer(blob, "<u4", 2, at).tolist()
-            small = tag >> 16
-            begin, length = (at + 4, small) if small else (at + 8, size)
-            yield tag & 0xFFFF, blob[begin : begin + length]
-            at += 8 if small else 8 + size + (-size % 8 if tag != 15 else 0)
-
-    arrays = {}
-    for tag, body in elements(Path(path).read_bytes()[128:]):
-        if tag == 15:
-            tag, body = next(elements(zlib.decompress(body)))
-        if tag == 14:
-            _, (_, dims), (_, name), (kind, values) = list(elements(body))[:4]
-            shape = np.frombuffer(dims, "<i4")
-            arrays[name.decode()] = np.frombuffer(values, kinds[kind]).reshape(shape, order="F")
-    return arrays
 
 
 def as_pixels(x):

@@ -158,8 +158,8 @@ def prepare(tmp_path):
     (tmp_path / "finished" / "result.json").write_text("{}")
     torch.save({"format": "ebm-at 1"}, tmp_path / "modelonly" / "last.pt")
     np.savez(tmp_path / "keys.npz", images=np.zeros((4, 8, 8), np.uint8))
-    good = dict(train_images=np.zeros((20, 8, 8), np.uint8), train_labels=np.arange(20) % 2)
-    test = dict(test_images=np.zeros((4, 8, 8), np.uint8), test_labels=np.arange(4) % 2)
+    good = dict(train_images=np.full((20, 8, 8), 99, np.uint8), train_labels=np.arange(20) % 2)
+    test = dict(test_images=np.full((4, 8, 8), 99, np.uint8), test_labels=np.arange(4) % 2)
     np.savez(tmp_path / "float.npz", **good | test | dict(train_images=np.zeros((20, 8, 8))))
     np.savez(tmp_path / "range.npz", **good | test | dict(test_labels=np.full(4, 7)))
     np.savez(
@@ -173,7 +173,7 @@ BAD = [
     ("--dataset no/such/folder", 1, "no/such/folder"),
     ("--dataset nowhere.npz", 1, "nowhere.npz"),
     ("--dataset plain.txt", 1, "plain.txt"),
-    ("--dataset empty/", 1, "no train/"),
+    ("--dataset empty/", 1, "one train/"),
     ("--dataset keys.npz", 2, "train_images"),
     ("--dataset float.npz", 2, "uint8"),
     ("--dataset range.npz", 2, "0..1"),

@@ -4,10 +4,13 @@ import builtins
 import gzip
 import hashlib
 import math
+import os
+import shutil
 import struct
+import sys
 import urllib.error
 import urllib.request
-import zlib
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -259,7 +262,7 @@ def bad_npz(tmp_path, **changes):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(test_images=None), ["test_images", "train_images"]),  # names what it lacks and has
+        (dict(test_images=None, x_test=numbered(9)), ["lacks test_images", "test_labels, x_test"]),
         (dict(test_labels=None), ["test_labels"]),
         (dict(train_images=None), ["train_images"]),
         (dict(train_labels=None), ["train_labels"]),
@@ -270,7 +273,12 @@ def bad_npz(tmp_path, **changes):
         (dict(test_images=numbered(30)[:, :, :7]), ["test_images", "(30, 8, 7, 1)"]),
         (dict(train_images=numbered(40, 8, 4)), ["train_images", "(40, 8, 8, 4)"]),
         (dict(train_images=numbered(40).transpose(1, 2, 0)), ["train_images"]),
-        (dict(train_images=numbered(40, 4)), ["8x8"]),
+        (dict(train_images=numbered(40, 4)), ["S >= 8"]),
+        (dict(train_images=numbered(40) // 128), ["train_images", "no value is above 1"]),
+        (dict(train_images=numbered(40) // 16), ["train_images", "no value is above 15"]),
+        (dict(train_labels=np.arange(40) % 4 + 1), ["class 0 has no images", "number labels 0"]),
+        (dict(train_labels=np.arange(40) // 39 * 10**12), ["labels of train"]),
+        (dict(train_labels=np.zeros(40, int), test_labels=np.zeros(30, int)), ["class 1 has no"]),
         (dict(train_images=numbered(40)[:0], train_labels=np.zeros(0, int)), ["no images"]),
         (dict(train_images=numbered(40).reshape(40, 64)), ["train_images"]),
         (dict(test_images=numbered(30, 12)), ["test", "size"]),
@@ -335,6 +343,42 @@ def test_files_that_are_no_npz_are_refused(tmp_path):
             load_data(str(path))
 
 
+def test_an_npz_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path):
+    """A zip that says it unpacks to 4 GB, and an array of 40 GB of which the file holds 1 kB."""
+    form = dict(descr="|u1", fortran_order=False, shape=(40_000_000, 32, 32))
+    with zipfile.ZipFile(tmp_path / "liar.npz", "w") as archive:
+        with archive.open("train_images.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, form)
+            file.write(bytes(1000))
+    size, blob = struct.pack("<I", 1128), (tmp_path / "liar.npz").read_bytes()
+    assert size in blob
+    (tmp_path / "bomb.npz").write_bytes(blob.replace(size, struct.pack("<I", 2**32 - 2)))
+    for name, words in (("bomb", "4.0 GB"), ("liar", "")):
+        with pytest.raises(RunError, match=f"{name}.npz.*{words}"):
+            load_data(str(tmp_path / f"{name}.npz"))
+
+
+def test_keys_of_an_archive_that_are_no_arrays_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        for key in ("train_images", "train_labels", "test_images", "test_labels"):
+            archive.writestr(key, "text")
+    with pytest.raises(BadInput, match="uint8"):
+        load_data(str(tmp_path / "a.npz"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="FIFOs")
+def test_fifos_and_devices_are_refused_unopened(tmp_path):
+    write_folder(tmp_path / "a")
+    for path in (tmp_path / "a.npz", tmp_path / "a/train/cat/9.png"):
+        os.mkfifo(path)  # opening it would wait for a writer, for ever
+        with pytest.raises(RunError, match=path.name):
+            load_data(str(tmp_path / "a") + path.suffix.removesuffix(".png"))
+        path.unlink()
+        path.symlink_to("/dev/zero")
+        with pytest.raises(RunError, match=path.name):
+            load_data(str(tmp_path / "a") + path.suffix.removesuffix(".png"))
+
+
 def test_unknown_names_are_refused(tmp_path):
     with pytest.raises(BadInput, match="did you mean 'cifar10'"):
         load_data("cifar-10")
@@ -367,17 +411,17 @@ def write_folder(
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(n):
-                shape = size if mode == "L" else (*size, 4 if mode == "RGBA" else 3)
+                shape = size if mode == "L" else (*size, 3)
                 pixels[split, name, i] = a = rng.integers(0, 256, shape, dtype=np.uint8)
                 Image.fromarray(a, mode).save(root / split / name / f"{i}.png")
     return pixels
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Image.fromarray's mode
-@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1), ("RGBA", 3)])
-@pytest.mark.parametrize("val", [False, True])
+@pytest.mark.parametrize("mode, channels", [("RGB", 3), ("L", 1)])
+@pytest.mark.parametrize("val", ["", "val", "valid", "validation"])
 def test_image_folder(mode, channels, val, tmp_path):
-    splits = ("train", "val", "test") if val else ("train", "test")
+    splits = ("train", val, "test") if val else ("train", "test")
     pixels = write_folder(tmp_path, splits, mode=mode)
     data = load_data(str(tmp_path), val_fraction=0.25)
     assert data.classes == ["cat", "dog"]
@@ -386,18 +430,18 @@ def test_image_folder(mode, channels, val, tmp_path):
     for split in ("train", "val", "test"):
         x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
         assert x.shape[1:] == (channels, 10, 10) and x.dtype == torch.uint8
-        source = split if split != "val" or val else "train"
+        source = split if split != "val" else val or "train"
         known = {}
         for (s, name, _), a in pixels.items():
             if s == source:
-                a = a.reshape(10, 10, -1)[:, :, :channels]  # alpha is dropped
+                a = a.reshape(10, 10, channels)
                 known[a.transpose(2, 0, 1).tobytes()] = data.classes.index(name)
         assert [known[image.numpy().tobytes()] for image in x] == y.tolist()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_image_folders_that_cannot_be_used_are_refused(tmp_path):
-    roots = (tmp_path / str(i) for i in range(8))  # names that lend the messages no word
+    roots = (tmp_path / str(i) for i in range(99))  # names that lend the messages no word
 
     def refuse(error, *words):
         with pytest.raises(error) as caught:
@@ -407,14 +451,14 @@ def test_image_folders_that_cannot_be_used_are_refused(tmp_path):
 
     root = next(roots)
     write_folder(root, ("train",))
-    refuse(RunError, "test/")
+    refuse(RunError, "one test/")
     root = next(roots)
     root.mkdir()
-    refuse(RunError, "train/")
+    refuse(RunError, "one train/")
     root = next(roots)
     write_folder(root, ("train",))
     write_folder(root, ("test",), ("cat", "horse"))
-    refuse(BadInput, "test", "other classes")
+    refuse(BadInput, "test", "train/'s classes")
     root = next(roots)  # a class without images
     write_folder(root)
     (root / "train" / "eel").mkdir()
@@ -422,18 +466,28 @@ def test_image_folders_that_cannot_be_used_are_refused(tmp_path):
     root = next(roots)  # two sizes in one split
     write_folder(root)
     write_folder(root, ("train",), ("bird",), size=(12, 12))
-    refuse(BadInput, "train", "size")
+    refuse(BadInput, "bird/0.png' is (12, 12, 3)", "cat/0.png' is (10, 10, 3)", "one size")
     root = next(roots)  # each split has its own size
     write_folder(root, ("train",))
     write_folder(root, ("test",), size=(12, 12))
-    refuse(BadInput, "test", "size")
+    refuse(BadInput, "test/cat/0.png", "train/cat/0.png", "one size")
     root = next(roots)  # not square
     write_folder(root, size=(10, 12))
-    refuse(BadInput, "10, 12")
+    refuse(BadInput, "cat/0.png", "10, 12")
     root = next(roots)  # grey among colour
     write_folder(root)
     write_folder(root, ("train",), ("bird",), mode="L")
-    refuse(BadInput, "train", "mode")
+    refuse(BadInput, "bird/0.png' is (10, 10)", "cat/0.png", "all grey or all in colour")
+    root = next(roots)  # one folder too deep
+    write_folder(root, classes=("photos/cat", "photos/dog"))
+    refuse(BadInput, "class 1 has no images", "two train/<class>/")
+    root = next(roots)  # a picture beside the classes
+    write_folder(root)
+    shutil.copy(root / "train/cat/0.png", root / "train")
+    refuse(BadInput, "train", "no class")
+    root = next(roots)  # which is it?
+    write_folder(root, ("train", "test", "val", "validation"))
+    refuse(RunError, "one val or valid or validation/")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -444,91 +498,107 @@ def test_a_damaged_picture_is_refused_whatever_the_damage(tmp_path):
     blob = picture.read_bytes()
     for content in (b"", b"<html>404</html>", blob[:50], blob[: len(blob) // 2]):
         picture.write_bytes(content)
-        with pytest.raises(RunError, match="cannot be read"):
+        with pytest.raises(RunError, match="train/cat/1.png' cannot be used"):
             load_data(str(tmp_path))
     for at in range(45):  # signature, header and the length of the data, one flipped bit each
         picture.write_bytes(blob[:at] + bytes([blob[at] ^ 1]) + blob[at + 1 :])
         try:
             load_data(str(tmp_path))
         except (RunError, BadInput) as error:
-            assert str(tmp_path) in str(error)
+            assert str(picture) in str(error)
+
+
+@pytest.mark.parametrize("target", [".", "..", "../cat", "../../test", "../.."])
+def test_a_link_back_to_pictures_that_are_read_already_is_refused(target, tmp_path):
+    """Followed, it would double them, leak between the splits, or never end."""
+    write_folder(tmp_path, n=3)
+    (tmp_path / "train/dog/link").symlink_to(target)
+    with pytest.raises(RunError, match="read already"):
+        load_data(str(tmp_path))
+
+
+def test_linked_classes_and_folders_inside_classes_are_read(tmp_path):
+    write_folder(tmp_path / "real", classes=("cat/images", "dog/images"))
+    (tmp_path / "data").mkdir()
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).symlink_to(tmp_path / "real" / split)
+    data = load_data(str(tmp_path / "data"))
+    assert data.classes == ["cat", "dog"] and len(data.x_test) == 12 and data.note == ""
+
+
+def test_hidden_and_other_files_are_left_out_and_counted(tmp_path):
+    """Jupyter's .ipynb_checkpoints holds second copies: a leak between train and validation."""
+    write_folder(tmp_path)
+    for folder in (tmp_path / "train", tmp_path / "train/cat"):
+        shutil.copytree(tmp_path / "train/dog", folder / ".ipynb_checkpoints")
+    (tmp_path / "test/.DS_Store").touch()
+    (tmp_path / "test/dog/labels.csv").touch()
+    data = load_data(str(tmp_path), val_fraction=0.25)
+    assert data.classes == ["cat", "dog"] and len(data.x_train) + len(data.x_val) == 12
+    assert data.note == "4 hidden or other files left out"
+
+
+def test_pictures_are_read_as_a_viewer_shows_them(tmp_path):
+    from PIL import Image
+
+    drawing = np.zeros((8, 8, 4), np.uint8)
+    drawing[2:4, 5:, 3] = 255  # black on black, visible by its transparency alone
+    seen = 255 - drawing[:, :, 3]
+    turned = Image.Exif()
+    turned[274] = 6  # "turn by 90 degrees, clockwise"
+    grey, colour = Image.fromarray(seen), Image.fromarray(seen).convert("RGB")
+    for i, (image, options, expected) in enumerate((
+        (Image.fromarray(drawing), {}, colour), (Image.fromarray(drawing).convert("LA"), {}, grey),
+        (Image.fromarray(drawing[:, :, 3]), dict(transparency=0), Image.new("L", (8, 8), "white")),
+        (Image.fromarray(drawing).quantize(), {}, colour), (grey.convert("1"), {}, grey),
+        (grey, dict(exif=turned), grey.rotate(-90)), (colour, dict(exif=turned), colour.rotate(-90)),
+    )):  # fmt: skip
+        image.save(tmp_path / f"{i}.png", **options)
+        found = ebm_at._read_picture(str(tmp_path / f"{i}.png"))
+        assert np.array_equal(found, np.asarray(expected)), i
+
+
+def test_pictures_that_8_bits_or_memory_cannot_hold_are_refused_by_name(tmp_path, recwarn):
+    from PIL import Image
+
+    pixels = np.full((8, 8), 300)
+    for name, image in (
+        ("16.png", Image.fromarray(pixels.astype(np.uint16))),
+        ("32.tif", Image.fromarray(pixels.astype(np.int32))),
+        ("float.tif", Image.fromarray(pixels.astype(np.float32))),
+        ("large.png", Image.new("1", (10_000, 10_000))),  # Pillow only warns
+        ("bomb.png", Image.new("1", (14_000, 14_000))),
+    ):
+        image.save(tmp_path / name)
+        with pytest.raises(RunError, match=name):
+            ebm_at._read_picture(str(tmp_path / name))
+    assert not recwarn.list
 
 
 # ----------------------------------------------------------------------------- torchvision sets
 
 
-def mat_element(kind, payload):
-    """One element of a MATLAB 5 file, padded to 8 bytes; short data go into the tag itself."""
-    if 0 < len(payload) <= 4:
-        return struct.pack("<HH", kind, len(payload)) + payload.ljust(4, b"\0")
-    return struct.pack("<II", kind, len(payload)) + payload + bytes(-len(payload) % 8)
-
-
-def mat_matrix(name, array, matlab_class, kind):
-    """A numeric matrix: flags, dimensions, name, values in column order."""
-    body = mat_element(6, struct.pack("<II", matlab_class, 0))
-    body += mat_element(5, struct.pack(f"<{array.ndim}i", *array.shape))
-    body += mat_element(1, name.encode()) + mat_element(kind, array.tobytes(order="F"))
-    return struct.pack("<II", 14, len(body)) + body
-
-
-def write_mat(path, matrices, compressed):
-    text = b"MATLAB 5.0 MAT-file, written by a test"
-    blob = text.ljust(124) + struct.pack("<HH", 0x0100, 0x4D49)
-    for matrix in matrices:
-        if compressed:
-            packed = zlib.compress(matrix)
-            matrix = struct.pack("<II", 15, len(packed)) + packed  # not padded
-        blob += matrix
-    path.write_bytes(blob)
-
-
-def svhn_like(seed, n=20):
-    rng = np.random.default_rng(seed)
-    x = rng.integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
-    return x, (np.arange(n, dtype=np.uint8) % 10 + 1)[:, None]  # labels 1..10, where 10 means zero
-
-
-@pytest.mark.parametrize("compressed", [True, False])
-def test_reader_of_matlab_files(compressed, tmp_path):
-    """Long and short names, short and long data, several types, several matrices in a row."""
-    rng = np.random.default_rng(1)
-    x, y = svhn_like(0, 5)
-    arrays = {
-        "X": (x, 9, 2),
-        "y": (y, 9, 2),
-        "a_long_name": (rng.normal(size=(3, 4)), 6, 9),
-        "tiny": (np.array([[7]], np.uint8), 9, 2),
-        "two": (np.array([[-3, 300]], np.int16), 10, 3),
-        "single": (rng.normal(size=(2, 1, 3)).astype(np.float32), 7, 7),
-        "ints": (np.array([[1, -2, 3]], np.int32), 12, 5),
-    }
-    write_mat(tmp_path / "a.mat", [mat_matrix(k, *v) for k, v in arrays.items()], compressed)
-    found = ebm_at._read_mat(str(tmp_path / "a.mat"))
-    assert list(found) == list(arrays)
-    for name, (array, _, _) in arrays.items():
-        assert found[name].dtype == array.dtype, name
-        assert np.array_equal(found[name], array), name
-
-
-def test_svhn_from_files_on_disk(tmp_path, monkeypatch):
-    """Without scipy: pixels in the right order, labels with 10 read as 0."""
-    utils = ebm_at.import_torchvision().datasets.utils
-    asked = []
-    monkeypatch.setattr(utils, "download_url", lambda url, root, file, md5: asked.append(file))
-    originals = {}
-    for split, seed in (("train", 0), ("test", 1)):
-        originals[split] = x, y = svhn_like(seed)
-        matrices = [mat_matrix("X", x, 9, 2), mat_matrix("y", y, 9, 2)]
-        write_mat(tmp_path / f"{split}_32x32.mat", matrices, split == "train")
+def test_svhn_by_torchvisions_reader(tmp_path, monkeypatch):
+    """Pixels in the right order; in the files 10 means 0."""
+    scipy_io = pytest.importorskip("scipy.io")
+    sets = ebm_at.import_torchvision().datasets
+    monkeypatch.setattr(sets.SVHN, "download", lambda self: None)
+    monkeypatch.setattr(sets.SVHN, "_check_integrity", lambda self: True)
+    rng, made = np.random.default_rng(0), {}
+    for split in ("train", "test"):
+        x, y = rng.integers(0, 256, (32, 32, 3, 20), dtype=np.uint8), np.arange(20) % 10 + 1
+        made[split] = x
+        scipy_io.savemat(tmp_path / f"{split}_32x32.mat", {"X": x, "y": y[:, None]})
     data = load_data("svhn", str(tmp_path), val_fraction=0.5)
-    assert asked == ["train_32x32.mat", "test_32x32.mat"]
-    x, y = originals["test"]
-    assert data.x_test.shape == (20, 3, 32, 32)
-    for i in range(20):
-        assert np.array_equal(data.x_test[i].numpy().transpose(1, 2, 0), x[:, :, :, i])
-    assert data.y_test.tolist() == [int(v) % 10 for v in y.reshape(-1)]
-    assert set(data.y_train.tolist()) == set(range(10))
+    assert np.array_equal(data.x_test.numpy(), made["test"].transpose(3, 2, 0, 1))
+    assert data.y_test.tolist() == [(i + 1) % 10 for i in range(20)]
+
+
+def test_svhn_without_scipy_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_: pytest.fail("downloaded in vain"))
+    with pytest.raises(RunError, match="pip install scipy"):
+        load_data("svhn", str(tmp_path))
 
 
 @pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])

@@ -841,14 +841,14 @@ def attack_mode(model, batchnorm="eval", freeze=True):
     attack's backward pass computes all of theirs. At the end everything is as it was.
     """
     check_choice("BatchNorm mode", batchnorm, ("eval", "train"))
-    before = [(m, m.training) for m in model.modules()]
+    before = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
     wanting = [p for p in model.parameters() if p.requires_grad and freeze]
     norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
     if batchnorm == "eval":
+        norms = []  # TorchScript's are constants, and may not even be set to what they are
         model.eval()
-    else:
-        for m in norms:
-            m.track_running_stats = False
+    for m in norms:
+        m.track_running_stats = False
     for p in wanting:
         p.requires_grad_(False)
     try:
@@ -865,8 +865,8 @@ def attack_mode(model, batchnorm="eval", freeze=True):
 def check_attack(x, y, eps, norm):
     """Raises BadInput for what attacks silently go wrong on: normalised or integer images ..."""
     check_choice("norm", norm, ("linf", "l2"))
-    if x.ndim != 4 or not x.is_floating_point():
-        raise BadInput(f"attacks take float images (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):  # half rounds eps away
+        raise BadInput(f"attacks take float32 images (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
         raise BadInput(f"labels must be int64 of shape ({len(x)},), not {y.dtype} {tuple(y.shape)}")
     if not 0 <= eps <= (1 if norm == "linf" else math.inf):
@@ -888,9 +888,10 @@ def value_and_gradient(model, x, y, loss="ce", reference=None, target=None):
         x = x.detach().requires_grad_(True)
         logits = model(x)
         value = attack_loss(logits, y, loss, reference, target)
-        if not value.requires_grad:
-            raise BadInput("no gradient reaches the images: does the model run under no_grad?")
-        (gradient,) = torch.autograd.grad(value.sum(), x)
+        if value.requires_grad:  # perhaps through the weights alone
+            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        if not value.requires_grad or gradient is None:
+            raise BadInput("no gradient reaches the images (no_grad, .data or integers inside?)")
     return value.detach(), gradient, logits.detach()
 
 
@@ -922,7 +923,7 @@ def random_noise(x, eps, norm="linf", generator=None):
 def ascend(x_adv, gradient, step, norm="linf"):
     """The steepest step of length `step`: along the sign for l_inf, along the gradient for l_2."""
     direction = gradient.sign() if norm == "linf" else gradient / per_image_norm(gradient)
-    return direction.mul_(step).add_(x_adv)  # in place: fresh memory costs more than arithmetic
+    return direction.nan_to_num_(0).mul_(step).add_(x_adv)  # in place: cheaper; at NaN: no step
 
 
 def project(x_adv, x, eps, norm="linf"):
@@ -1013,16 +1014,33 @@ def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss="ce", t
     return x_adv.detach()
 
 
+@contextlib.contextmanager
+def true_fp32():
+    """Switches off what rounds fp32 products to 10 bits or fewer (TF32), and back on at the end."""
+    of = torch.backends  # the older allow_tf32 raises once a caller has used these switches
+    kinds = of.cudnn.conv, of.cuda.matmul, of.mkldnn.conv, of.mkldnn.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before):
+            kind.fp32_precision = precision
+
+
 def exact_logits(model, x, batch_size=500, dtype=torch.float32):
     """Logits (N, K) in eval mode and fp32, whatever autocast is on: what claims are judged by.
 
     x float or uint8 (N, C, H, W). dtype: torch.bfloat16 is faster, for where exactness is no claim.
     """
-    cudnn = torch.backends.cudnn  # without its TF32, which rounds products to 10 bits
-    kept = dict(enabled=cudnn.enabled, benchmark=cudnn.benchmark, deterministic=cudnn.deterministic)
-    with torch.no_grad(), attack_mode(model), autocast(x.device, dtype):
-        with cudnn.flags(**kept, allow_tf32=False):
-            return torch.cat([model(as_pixels(part)).float() for part in x.split(batch_size)])
+    with torch.no_grad(), attack_mode(model), autocast(x.device, dtype), true_fp32():
+        return torch.cat([model(as_pixels(part)).float() for part in x.split(batch_size)])
+
+
+def is_right(logits, y):
+    """Which images (N,) are classified correctly. NaN or infinite logits are no answer: wrong."""
+    return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
 def _has_fallen(model, x_adv, y, logits):
@@ -1030,9 +1048,9 @@ def _has_fallen(model, x_adv, y, logits):
 
     A search in bf16 may only CLAIM success. The claims are few, so checking them costs little.
     """
-    wrong = logits.argmax(1) != y
+    wrong = ~is_right(logits, y)
     if (torch.is_autocast_enabled(x_adv.device.type) or x_adv.is_cuda) and wrong.any():
-        wrong[wrong.clone()] = exact_logits(model, x_adv[wrong]).argmax(1) != y[wrong]
+        wrong[wrong.clone()] = ~is_right(exact_logits(model, x_adv[wrong]), y[wrong])
     return wrong
 
 
@@ -1102,15 +1120,10 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, st
                 last_check = k
             at, a = now["at"], 0.75 if k else 1.0  # k = 0: no momentum yet
             z = project(ascend(at, now["gradient"], now["step"], norm), now["x"], eps, norm)
-            now["at"] = project(_with_momentum(at, now["before"], z, a), now["x"], eps, norm)
-            now["before"] = at
+            z = (at - now["before"]).mul_(1 - a).add_(z, alpha=a).add_(at, alpha=1 - a)
+            now |= {"at": project(z, now["x"], eps, norm), "before": at}
     found[now["rows"]] = now["best"]
     return found
-
-
-def _with_momentum(at, before, z, a):
-    """(E13) x* + a (z - x*) + (1 - a) (x* - the x* before), in place; all (N, C, H, W)."""
-    return (at - before).mul_(1 - a).add_(z, alpha=a).add_(at, alpha=1 - a)
 
 
 def _move(now, where, **pairs):
@@ -1145,116 +1158,60 @@ def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=Non
     ranking = logits.scatter(1, y[:, None], -math.inf).topk(min(targets, logits.shape[1] - 1), 1)
     best = torch.full_like(logits[:, 0], -math.inf)  # margin of x_adv, (N,); above 0 it has fallen
     options = dict(norm=norm, loss="dlr", generator=generator, validate=False)
-
-    def attempt(rows, target):
-        """Attacks the images `rows` towards `target` and keeps what is better than so far."""
-        if len(rows):
-            found = apgd(model, x[rows], y[rows], eps, steps, target=target, **options)
-            margin = attack_loss(exact_logits(model, found), y[rows], "margin")
-            better = margin > best[rows]
-            x_adv[rows[better]], best[rows[better]] = found[better], margin[better]
-
     for t in ranking.indices.T:  # (N,): every image's next likeliest class
-        standing = (best <= 0).nonzero()[:, 0]
-        attempt(standing, t[standing])
-    if torch.is_autocast_enabled(x.device.type):
-        # Rounding hides the last hair's breadth: a search in bf16 left 3 images of 1,000 more than
-        # one in fp32. So what nearly fell gets one more try in fp32, towards its strongest rival.
-        logits = exact_logits(model, x_adv)
-        rival = logits.scatter(1, y[:, None], -math.inf).argmax(1)
-        near = (best <= 0) & (attack_loss(logits, y, "dlr") > -0.1)
-        with autocast(x.device, torch.float32):
-            attempt(near.nonzero()[:, 0], rival[near])
+        rows = (best <= 0).nonzero()[:, 0]
+        if not len(rows):
+            break
+        found = apgd(model, x[rows], y[rows], eps, steps, target=t[rows], **options)
+        logits = exact_logits(model, found)
+        margin = attack_loss(logits, y[rows], "margin").where(logits.isfinite().all(1), math.inf)
+        better = margin > best[rows]
+        x_adv[rows[better]], best[rows[better]] = found[better], margin[better]
     return x_adv
 
 
-def _bumps(side, like):
-    """A hill beside a valley, together of l_2 norm 1: (side, side). Square's building block."""
-
-    def hill(rows, cols):
-        """Rings around the middle; ring d has height sum_{j >= d} 1 / (j + 1)^2: (rows, cols)."""
-        ring = [(torch.arange(n, device=like.device) - n // 2).abs() for n in (rows, cols)]
-        ring = torch.maximum(ring[0][:, None], ring[1])
-        fall = 1 / torch.arange(1, max(rows, cols) // 2 + 2, device=like.device) ** 2
-        height = fall.flip(0).cumsum(0).flip(0)[ring]
-        return height / height.norm()
-
-    return torch.cat([hill(side // 2, side), -hill(side - side // 2, side)]).to(like.dtype) / 2**0.5
-
-
-def _first_pattern(x, eps, norm, generator):
-    """Where square begins: vertical stripes for l_inf, a grid of bumps for l_2. (C, H, W)."""
-    c, h, w = x.shape[1:]
-    signs = torch.rand(c, h, w, generator=generator, device=x.device).sub(0.5).sign().to(x.dtype)
-    if norm == "linf":
-        return eps * signs[:, :1]
-    tile = max(min(h, w) // 5, 2)
-    each = signs.repeat_interleave(tile, 1).repeat_interleave(tile, 2)[:, :h, :w]  # one per tile
-    pattern = each * _bumps(tile, x).repeat(h // tile + 1, w // tile + 1)[:h, :w]
-    return pattern * (eps / pattern.norm())
-
-
-def _window_side(done, norm, h, w):
+def _window_side(done, h, w):
     """Side of square's window, in pixels, when a share `done` of the queries is spent."""
     # The authors' schedule: the shares of the budget at which the window's area is halved.
     halvings = sum(done > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))
-    side = max(round(math.sqrt(0.8 / 2**halvings * h * w)), 1)
-    return min(max(side, 3) | 1 if norm == "l2" else side, h, w)
-
-
-def _propose(x, x_adv, eps, norm, side, random, signs):
-    """Square's next candidate: a new pattern in one window of x_adv. signs (C, 1, 1), -1 or 1."""
-    h, w = x.shape[2] - side + 1, x.shape[3] - side + 1
-    corners = [(int(random[i] * h), int(random[i + 1] * w)) for i in (0, 2)]
-    new, old = ((..., slice(r, r + side), slice(c, c + side)) for r, c in corners)
-    if norm == "linf":
-        candidate = x_adv.clone()
-        candidate[new] = (x[new] + eps * signs).clamp(0, 1)
-        return candidate
-    # l_2: what the ball has to spare, and what an old window holds, moves into the new window
-    delta = x_adv - x
-    held = torch.zeros_like(delta)
-    held[new], held[old] = delta[new], delta[old]
-    spare = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp_min(0) / x.shape[1]
-    budget = (held.square().sum((2, 3), keepdim=True) + spare).sqrt()  # (N, C, 1, 1)
-    bumps = _bumps(side, x)
-    bumps = signs * (bumps.T if random[4] < 0.5 else bumps)
-    pattern = bumps + F.normalize(delta[new].flatten(2), dim=2).view_as(delta[new])
-    pattern = F.normalize(pattern.flatten(2), dim=2).view_as(pattern)
-    delta[old] = 0
-    delta[new] = budget * pattern
-    return (x + delta * (eps / per_image_norm(delta))).clamp(0, 1)
+    return min(max(round(math.sqrt(0.8 / 2**halvings * h * w)), 1), h, w)
 
 
 @torch.no_grad()
 def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None, validate=True):
     """(E15) Square attack: random search on the margin that looks at logits only, at no gradient.
 
-    It begins with vertical stripes (l_inf) or a grid of bumps (l_2). Each query repaints a random
-    square window with colours at the border of the ball and is kept if the margin grew. The window
-    shrinks from 80% of the image's area to 0.2% by a fixed schedule. What PGD cannot break only
-    because gradients are useless, this can.
+    It begins with vertical stripes. Each query repaints a random square window with colours at the
+    border of the l_inf ball and is kept if the margin grew. The window shrinks from 80% of the
+    image's area to 0.2% by a fixed schedule. What PGD cannot break only because gradients are
+    useless, this can.
 
     Args: queries, the most that are spent on an image; it leaves the batch when it falls. All
-        images see the same windows and signs, so no result depends on the rest of the batch. The
-        others as for pgd.
+        images see the same windows and signs, so no result depends on the rest of the batch. norm:
+        "linf" (the authors' form for l_2 is left out). The others as for pgd.
     Returns: x_adv, like x. Raises: BadInput.
     Source: Andriushchenko et al. 2020, section 3.
     """
     if validate:
         check_attack(x, y, eps, norm)
+    check_choice("norm of square", norm, ("linf",))
+    c, h, w = x.shape[1:]
     draw = dict(generator=generator, device=x.device)
-    random = torch.rand(queries, 5, **draw).tolist()
-    signs = torch.rand(queries, x.shape[1], 1, 1, **draw).sub(0.5).sign().to(x.dtype)
-    x_adv = (x + _first_pattern(x, eps, norm, generator)).clamp(0, 1)
+    corners = torch.rand(queries, 2, **draw).tolist()
+    signs = torch.rand(queries, c, 1, 1, **draw).sub(0.5).sign().to(x.dtype)
+    stripes = torch.rand(c, 1, w, **draw).sub(0.5).sign().to(x.dtype)
+    x_adv = (x + eps * stripes).clamp(0, 1)
     found, rows = x_adv.clone(), torch.arange(len(x), device=x.device)
     best = x.new_full((len(x),), -math.inf, dtype=torch.float32)
     with attack_mode(model):
         for query in range(queries):
             candidate = x_adv
             if query:
-                side = _window_side(query / queries, norm, *x.shape[2:])
-                candidate = _propose(x, x_adv, eps, norm, side, random[query], signs[query])
+                side = _window_side(query / queries, h, w)
+                top, left = (int(at * (n - side + 1)) for at, n in zip(corners[query], (h, w)))
+                window = ..., slice(top, top + side), slice(left, left + side)
+                candidate = x_adv.clone()
+                candidate[window] = (x[window] + eps * signs[query]).clamp(0, 1)
             logits = model(candidate)
             margin = attack_loss(logits, y, "margin")
             better = margin > best
@@ -1278,7 +1235,7 @@ class Attack:
     settings: dict = field(default_factory=dict)
     start: float = 0.0  # radius of the random start in units of eps; 0: the attack's own affair
     target: str = ""  # the label to reach, where there is one: "random" or "least" (likely)
-    exact: bool = False  # search in fp32: bf16 rounds away the small gains of a random search
+    exact: bool = False  # needs no gradient; searches in fp32, as bf16 hides its small gains
 
 
 ATTACKS = {
@@ -1300,7 +1257,7 @@ ATTACKS = {
 }
 SUITES = {
     "quick": ["fgsm", "pgd", "pgd-margin"],
-    "standard": ["apgd-ce", "apgd-t", "square"],
+    "standard": ["apgd-ce", "apgd-t", "square"],  # AutoAttack without FAB-T
     "energy": [a for a in ATTACKS if a not in ("n-fgsm", "apgd-dlr", "square")],
     "all": list(ATTACKS),
 }
@@ -1334,8 +1291,20 @@ def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
     return attack.function(model, x, y, eps, norm=norm, **options)
 
 
-def check_model(model, x, y):
-    """The clean logits, fp32 (N, K). Raises BadInput for a model that does not fit its images."""
+def try_gradient(model, x, y, dtype=torch.float32):
+    """The gradient of a real attack step (N, C, H, W). Raises: BadInput where there can be none."""
+    try:
+        with attack_mode(model), autocast(x.device, dtype):
+            return input_gradient(model, x, y)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a stranger's model raises
+        why = f"{' '.join(str(error).split())[:200]}); --attacks square can"
+        raise BadInput(f"gradient attacks cannot run in {str(dtype)[6:]} ({why}") from error
+
+
+def check_model(model, x, y, names=("square",)):
+    """The clean logits, fp32 (N, K). Raises BadInput where model, images and attacks do not fit."""
     place = next((p.device for p in model.parameters()), x.device)
     if not place == x.device == y.device:
         raise BadInput(f"model on {place}, images on {x.device}, labels on {y.device}: move them")
@@ -1343,33 +1312,37 @@ def check_model(model, x, y):
         raise BadInput("no images to attack")
     try:
         logits = exact_logits(model, x)
+        exact_logits(model, x[:1])  # what has fallen leaves the batch: one image may remain
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a stranger's model raises
-        images = f"images of shape {tuple(x.shape[1:])}"
+        images = f"images of shape {tuple(x.shape[1:])}, in batches of any size"
         raise BadInput(f"the model does not take {images}: {error}") from error
     if logits.ndim != 2 or (k := logits.shape[1]) < 2:
-        given = tuple(logits.shape)
-        raise BadInput(f"a classifier gives logits (N, K) with K >= 2, this model {given}")
+        raise BadInput(f"a classifier gives logits (N, K), K >= 2, not {tuple(logits.shape)}")
     if not logits.isfinite().all():
         raise BadInput("the model gives NaN or infinite logits on clean images")
     if y.min() < 0 or y.max() >= k:
         raise BadInput(f"labels from {y.min()} to {y.max()}, but the model has {k} classes")
+    if not all(ATTACKS[name].exact for name in names):
+        try_gradient(model, x[:2], y[:2])
     return logits
 
 
 def _row(name, logits, logits_adv, x, x_adv, y, **more):
     """One line of the table: how a set of images fared; means over them, and E(x*) of each."""
     moved, energy = (x_adv - x).flatten(1), energy_x(logits_adv)
+    finite = logits_adv.isfinite().all(1)  # the others have an accuracy, 0, but no energy
     means = {
-        "accuracy": (logits_adv.argmax(1) == y).float(), "energy": energy,
-        "delta_energy": delta_energy(logits, logits_adv),
+        "energy": energy, "delta_energy": delta_energy(logits, logits_adv),
         "delta_energy_xy": delta_energy(logits, logits_adv, y),
         "cross_entropy": attack_loss(logits_adv, y),
         "linf": moved.abs().amax(1), "l2": moved.norm(dim=1),
     }  # fmt: skip
-    means = {k: v.mean().item() for k, v in means.items()}
-    return {"attack": name, "n": len(x), **means, **more, "energies": energy.cpu()}
+    means = {k: v[finite].mean().item() for k, v in means.items()}
+    counts = {"n": len(x), "accuracy": is_right(logits_adv, y).float().mean().item()}
+    more |= {"nonfinite": int((~finite).sum()), "energies": energy[finite].cpu()}
+    return {"attack": name, **counts, **means, **more}
 
 
 def _inside(x_adv, x, eps, norm):
@@ -1380,17 +1353,15 @@ def _inside(x_adv, x, eps, norm):
     return (size <= eps * (1 + 1e-5) + 1e-6) & (low >= 0) & (high <= 1)
 
 
-def _attacks_of(suite, **numbers):
-    """The names in a suite, or in a list of names; refuses unknown ones, and numbers below 1."""
+def attacks_of(suite, norm="linf"):
+    """The names in a suite, or in a list of names; refuses those that are unknown in that norm."""
+    known = [name for name in ATTACKS if norm == "linf" or name != "square"]
     if isinstance(suite, str):
         check_choice("suite", suite, SUITES)
-    names = SUITES[suite] if isinstance(suite, str) else suite
-    for name in names:
-        check_choice("attack", name, ATTACKS)
-    for name, value in numbers.items():
-        if value < 1:
-            raise BadInput(f"{name} must be at least 1, not {value}")
-    return names
+        return [name for name in SUITES[suite] if name in known]
+    for name in suite:
+        check_choice(f"attack in {norm}", name, known)
+    return suite
 
 
 @torch.no_grad()
@@ -1400,8 +1371,8 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
 
     An image has fallen when it is misclassified, or when an attack has found a point in its ball
     and in [0, 1] that is misclassified in plain fp32 (the search itself may run in bf16). The suite
-    "standard" attacks only what still stands, so its rows speak of ever fewer images; in the others
-    every attack sees all images, so that their energies can be compared.
+    "standard", AutoAttack without FAB-T (which changed 0 of 600 images), attacks only what still
+    stands, so its rows speak of ever fewer images; in the others energies can be compared.
 
     Args:
         model, x, y, eps, norm: as for fgsm; the model on the images' device.
@@ -1411,21 +1382,35 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         settings: steps and queries, for the attacks that have them.
     Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, else x; fallen
         (N,); rows, natural images first: the means of _row over the n images attacked, worst
-        (robust accuracy of ALL images so far), gradients and queries per image, and seconds.
+        (robust accuracy of ALL images so far), outside (misclassified, but out of the ball: not
+        counted), nonfinite (logits: counted as misclassified), gradients and queries per image, and
+        seconds; notes, sentences on what was done otherwise than asked.
     Raises: BadInput. Source: Croce & Hein 2020 (worst case); Mirza et al. 2024 (energies).
     """
     check_attack(x, y, eps, norm)
-    names = _attacks_of(suite, **settings, batch_size=batch_size)
+    names = attacks_of(suite, norm)
+    left_out = isinstance(suite, str) and names != SUITES[suite]
+    notes = ["Square is left out: it attacks in linf only."] * left_out
+    for setting, value in {**settings, "batch_size": batch_size}.items():
+        if value < 1:
+            raise BadInput(f"{setting} must be at least 1, not {value}")
     dtype, began = pick_precision(precision, x.device), time.perf_counter()
-    clean = check_model(model, x, y)
-    fallen, worst = clean.argmax(1) != y, x.clone()
-    row = {"worst": (~fallen).float().mean().item(), "gradients": 0.0, "queries": 1.0}
+    clean = check_model(model, x, y, names)
+    if dtype != torch.float32 and not all(ATTACKS[name].exact for name in names):
+        try:
+            try_gradient(model, x[:2], y[:2], dtype)
+        except BadInput as error:
+            dtype, notes = torch.float32, [*notes, f"Searched in fp32: {error}."]
+    fallen, worst = ~is_right(clean, y), x.clone()
+    row = {"worst": (~fallen).float().mean().item(), "outside": 0, "gradients": 0.0, "queries": 1.0}
     rows = [_row("natural", clean, clean, x, x, y, **row, seconds=time.perf_counter() - began)]
 
     def count(_, inputs):
         """Counts the images that pass through the model, with a gradient or without."""
         counts["gradients" if torch.is_grad_enabled() else "queries"] += len(inputs[0])
 
+    net = nn.Sequential(model)  # around it, since TorchScript takes no hooks
+    net.register_forward_pre_hook(count)
     for name in names:
         began, counts = time.perf_counter(), {"gradients": 0, "queries": 0}
         chosen = (~fallen if suite == "standard" else torch.ones_like(fallen)).nonzero()[:, 0]
@@ -1433,22 +1418,22 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
             break
         found, search = [], torch.float32 if ATTACKS[name].exact else dtype
         for part in chosen.split(batch_size):
-            with model.register_forward_pre_hook(count), autocast(x.device, search):
-                found.append(run_attack(name, model, x[part], y[part], eps, norm, seed, **settings))
+            with autocast(x.device, search):
+                found.append(run_attack(name, net, x[part], y[part], eps, norm, seed, **settings))
             if on_progress:
                 on_progress(rows, name, sum(map(len, found)), len(chosen))
         x_adv, x_part, y_part = torch.cat(found), x[chosen], y[chosen]
         logits = exact_logits(model, x_adv)
         spent = {k: v / len(chosen) for k, v in counts.items()}
         spent["seconds"] = time.perf_counter() - began
-        row = _row(name, clean[chosen], logits, x_part, x_adv, y_part, **spent)
-        inside = _inside(x_adv, x_part, eps, norm)
-        fell = (logits.argmax(1) != y_part) & ~fallen[chosen] & inside
+        wrong, inside = ~is_right(logits, y_part), _inside(x_adv, x_part, eps, norm)
+        fell = wrong & ~fallen[chosen] & inside
         worst[chosen[fell]] = x_adv[fell]
         fallen[chosen[fell]] = True
-        rows.append(row | {"worst": (~fallen).float().mean().item()})
+        share = {"worst": (~fallen).float().mean().item(), "outside": int((wrong & ~inside).sum())}
+        rows.append(_row(name, clean[chosen], logits, x_part, x_adv, y_part, **share, **spent))
     found = {"clean_acc": rows[0]["worst"], "robust_acc": rows[-1]["worst"], "rows": rows}
-    return found | {"x_adv": worst, "fallen": fallen}
+    return found | {"x_adv": worst, "fallen": fallen, "notes": notes}
 
 
 @torch.no_grad()
@@ -1456,9 +1441,9 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
     """Reasons to distrust a robust accuracy: a list of sentences, empty if nothing was noticed.
 
     Gradients that lead nowhere make a model LOOK robust. Tried on `most` of the images: are there
-    logits at all, are gradients zero, does one step beat many, does a ball that can erase every
-    image leave some standing; and in the `rows` of robust_accuracy: did Square, which uses no
-    gradient, break what gradient attacks could not?
+    logits at all, the same ones twice and in any batch, are gradients zero, does one step beat
+    many, does a ball that can erase every image leave some standing; and in the `rows` of
+    robust_accuracy: did Square, which uses no gradient, break what gradient attacks could not?
 
     Arguments as for robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
     """
@@ -1467,24 +1452,33 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
     logits = exact_logits(model, x)
     grey_eps = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5  # reaches grey from anywhere
     probabilities = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()
+    far = 0.01 * logits.abs().max()
+    again = (exact_logits(model, x) - logits).abs().max() > far
+    alone = (exact_logits(model, x[:20], batch_size=1) - logits[:20]).abs().max() > far
+    broken = sum(row.get("nonfinite", 0) for row in rows)
+    unsteady = [
+        (again, "Asked twice, the model gives different logits (dropout or another random"
+         " step left on?): each number here is one throw of the dice."),
+        (alone and not again, "Alone, an image gets other logits than in a batch (batch"
+         " statistics?): each number here depends on the batch."),
+        (broken, f"{broken} attacked points have NaN or infinite logits: they count as fallen."),
+    ]  # fmt: skip
     try:
-        with attack_mode(model):
-            zero = (input_gradient(model, x, y).flatten(1) == 0).all(1).float().mean().item()
+        zero = (try_gradient(model, x, y).flatten(1) == 0).all(1).float().mean().item()
     except BadInput as error:  # Square alone can attack such a model, and has its say all the same
-        return [f"Gradient attacks cannot be tried ({error})."]
+        return [sentence for noticed, sentence in unsteady if noticed] + [f"Beware: {error}."]
 
     def left(name, size):
         """Accuracy that an attack of that size leaves."""
         x_adv = run_attack(name, model, x, y, size, norm, steps=10)
-        return (exact_logits(model, x_adv).argmax(1) == y).float().mean().item()
+        return is_right(exact_logits(model, x_adv), y).float().mean().item()
 
     one, many, grey = left("fgsm", eps), left("pgd", eps), left("pgd", grey_eps)
-    drops = [0.0]  # what Square breaks after an attack by many gradients
-    for i, row in enumerate(rows):
-        if row["attack"] == "square" and any(r["gradients"] > 1 for r in rows[:i]):
-            drops.append(rows[i - 1]["worst"] - row["worst"])
+    drops = [rows[i - 1]["worst"] - row["worst"] for i, row in enumerate(rows) if row["attack"]
+             == "square" and any(before["gradients"] > 1 for before in rows[:i])]  # fmt: skip
+    drop = max([0.0, *drops])
     alarm = OverfittingMonitor()  # section 7: the same thresholds
-    signs = [  # (noticed?, what to say)
+    signs = unsteady + [  # (noticed?, what to say)
         (probabilities, "The model gives probabilities, not logits (a softmax at its end?):"
          " gradients shrink and energies mean nothing; attack it without the softmax."),
         (energy_x(logits).abs().max() < 1e-3, "The model gives log-probabilities: E(x) is 0 for"
@@ -1498,7 +1492,7 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
          " here."),
         (grey > 0.1, f"PGD with eps {grey_eps:.3g}, enough to turn every image grey, leaves"
          f" {grey:.1%} right: the attack does not work on this model."),
-        (max(drops) > 0.01, f"Square, which uses no gradient, broke {max(drops):.1%} of the images,"
+        (drop > 0.01, f"Square, which uses no gradient, broke {drop:.1%} of the images,"
          " all of which the attacks before it had left standing: gradients may be masked."),
     ]  # fmt: skip
     return [sentence for noticed, sentence in signs if noticed]
@@ -1663,9 +1657,9 @@ def adversarial_weights(model, objective, gamma):
     weights. `objective()` returns the loss. Afterwards the weights are restored exactly.
     Source: Wu et al. 2020, section 4.1.
     """
-    weights = [w for w in model.parameters() if w.ndim > 1]  # no biases, no BatchNorm
+    weights = [w for w in model.parameters() if w.ndim > 1 and w.requires_grad]  # no BatchNorm
     with attack_mode(model, "train", freeze=False):
-        gradients = list(torch.autograd.grad(objective(), weights))
+        gradients = list(torch.autograd.grad(objective(), weights, materialize_grads=True))
     sum_over_processes(gradients)
     before = [w.detach().clone() for w in weights]
     with torch.no_grad():
@@ -1696,7 +1690,7 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
     """
     generator = torch.Generator(x.device).manual_seed(0)
     logits = {"clean": [], "fgsm": [], "pgd": []}
-    with attack_mode(model), autocast(x.device, dtype):
+    with attack_mode(model), autocast(x.device, dtype), true_fp32():
         for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
             xb = as_pixels(xb)
             logits["clean"].append(model(xb))
@@ -1867,7 +1861,7 @@ def check_config(config):
     ):  # fmt: skip
         check_choice(kind, getattr(config, kind), choices)
     least = dict.fromkeys(("epochs", "batch_size", "attack_steps", "probe_size", "probe_every"), 1)
-    for name, smallest in (least | {"width": 8}).items():  # width: see make_model
+    for name, smallest in (least | {"width": 8, "batch_size": 2}).items():  # 1: no batch statistics
         if getattr(config, name) < smallest:
             raise BadInput(f"{name} must be at least {smallest}, not {getattr(config, name)}")
     for name in ("threads", "attack_step", "awp_warmup", "eps_warmup", "beta", "gamma", "awp",
@@ -1970,6 +1964,9 @@ def save_checkpoint(path, checkpoint):
     Raises: RunError when it cannot be written; what was at `path` before is still there.
     """
     partial = f"{path}.partial"
+    if "model" in checkpoint:  # our weights lie channels-last, which safetensors refuses
+        model = {k: v.contiguous() for k, v in checkpoint["model"].items()}
+        checkpoint = {**checkpoint, "model": model}
     try:
         torch.save(checkpoint, partial)
         os.replace(partial, path)
@@ -1995,7 +1992,7 @@ def load_checkpoint(path):
     except FileNotFoundError as error:
         raise RunError(f"no checkpoint '{path}'") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        message = f"'{path}' is damaged, or not a checkpoint of plain tensors: not loaded"
+        message = f"'{path}' is damaged, or not a checkpoint of plain tensors (zipped): not loaded"
         raise RunError(message) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ebm-at 1":
         raise RunError(f"'{path}' is not a checkpoint of this project (no format 'ebm-at 1')")
@@ -2461,7 +2458,7 @@ class ClassPCA:
 STARTS = {
     "local-pca": "a Gaussian on the neighbourhood of a real image, in PCA space",
     "gaussian": "one Gaussian per class, fitted in PCA space",
-    "pca": "class mean + .35 g standard deviations along each component (the predecessor's recipe)",
+    "pca": "class mean + .35 g std along each component (.005 sqrt(n - 1), n = 5,000 images)",
     "mean": "the mean image of the class",
     "noise": "uniform noise, the same for all classes",
 }
@@ -2580,7 +2577,7 @@ def sgld(model, x, y, targets, *, steps=60, step_size=0.3, momentum=0.8, noise=0
         x, y: starts, float (N, C, H, W) in [0, 1], which are not changed; labels int64 (N,).
         targets: (N,), energies to stop at (see stop_targets).
         steps: the most steps any image takes. step_size eta, momentum zeta, noise (a std): plain
-            numbers in pixel units. mix: see energy_gradient. normalize: g has length 1 per image.
+            numbers in pixel units. mix: see energy_gradient. normalize: |g| = 1 per image (ours).
         max_rise: an image has diverged when E(x, y) exceeds its start by more nats than that.
         on_progress: called after every batch as (t + the share of step t done, x, rows that walk).
     Returns: images like x, and a record, a dict of (N,) tensors: steps taken, energy_start,
@@ -2775,7 +2772,8 @@ def nearest_distance(a, b, batch_size=1000):
 
     Found by the fast |a|^2 + |b|^2 - 2ab, then computed exactly: a copy has distance 0.
     """
-    nearest = torch.cat([torch.cdist(part, b).argmin(1) for part in a.split(batch_size)])
+    mean = b.mean(0)  # subtracted, since far from 0 the fast form cancels
+    nearest = torch.cat([torch.cdist(p - mean, b - mean).argmin(1) for p in a.split(batch_size)])
     return (a - b[nearest]).norm(dim=1), nearest
 
 
@@ -2791,6 +2789,8 @@ def precision_recall(real, fake, k=3, batch_size=1000):
         raise BadInput(f"k {k} needs more than {k} images, not {len(real)} and {len(fake)}")
     if not (real.isfinite().all() and fake.isfinite().all()):
         raise BadInput("features hold NaN or infinite values")
+    mean = real.mean(0)  # subtracted, since torch.cdist cancels far from 0
+    real, fake = real - mean, fake - mean
 
     def covered(points, centres):
         """Share of the points within any ball around the centres."""

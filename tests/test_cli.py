@@ -188,7 +188,7 @@ BAD = [
     ("--eps 0/0", 2, "'0/0' is not a number"),
     ("--eps 0", 2, "above 0"),
     ("--batch-size 100000", 2, "exceeds"),
-    ("--batch-size 0", 2, "batch_size must be at least 1"),
+    ("--batch-size 1", 2, "batch_size must be at least 2"),
     ("--epochs 0", 2, "epochs must be at least 1"),
     ("--epochs -5", 2, "epochs must be at least 1"),
     ("--epochs many", 2, "--epochs"),

@@ -315,6 +315,17 @@ def test_awp_moves_each_matrix_by_gamma_times_its_norm_uphill(gamma, tiny_net):
     assert same(net, before)
 
 
+def test_awp_leaves_frozen_and_unused_weights_alone(tiny_net):
+    net, objective = awp_case(tiny_net)
+    net[0].weight.requires_grad_(False)
+    net.spare = torch.nn.Linear(3, 3)
+    net.spare.forward = lambda z: z  # it is there, and nobody asks for its weights
+    before = state(net)
+    with adversarial_weights(net, objective, 0.05):
+        moved = [k for k, v in net.state_dict().items() if not torch.equal(v, before[k])]
+    assert moved == ["3.weight", "8.weight"] and same(net, before)
+
+
 def test_awp_raises_the_loss_while_open(tiny_net):
     net, objective = awp_case(tiny_net)
     net.eval()

@@ -139,6 +139,17 @@ def test_precision_and_recall_by_their_definition(batch_size):
     assert found == pytest.approx((covered(fake, real, 3), covered(real, fake, 3)))
 
 
+@pytest.mark.parametrize("offset", [3000.0, -1e4])
+def test_neighbours_are_the_same_far_from_the_origin(offset):
+    """|a|^2 + |b|^2 - 2ab would lose every digit there in fp32."""
+    g = torch.Generator().manual_seed(0)
+    real = torch.randn(100, 64, generator=g).mul(64).round() / 64  # so that adding rounds little
+    fake = torch.randn(80, 64, generator=g).mul(32).round() / 64
+    far = real + offset, fake + offset
+    assert ebm_at.precision_recall(*far) == ebm_at.precision_recall(real, fake) == (1.0, 0.0)
+    assert torch.equal(ebm_at.nearest_distance(*far)[1], ebm_at.nearest_distance(real, fake)[1])
+
+
 def test_precision_and_recall_at_the_extremes():
     g = torch.Generator().manual_seed(0)
     real = torch.randn(50, 4, generator=g)

@@ -218,6 +218,8 @@ def test_round_trip_keeps_every_bit(classes, channels, width, tmp_path):
     x = images(3, 2, channels)
     assert torch.equal(model.eval()(x), loaded(x))
     assert os.listdir(tmp_path) == ["model.pt"]
+    stored = torch.load(path, weights_only=True)["model"]
+    assert all(v.is_contiguous() for v in stored.values()), "safetensors saves no other"
 
 
 class Payload:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import time
@@ -167,7 +168,7 @@ def make_run_folder(config, out):
     name = f"{Path(config.dataset).stem}-{config.method}{'-der' * config.der}"
     folder = claim_folder(out, "runs", name)
     try:
-        write_atomically(folder / "config.json", json.dumps(dataclasses.asdict(config), indent=1))
+        write_json(folder / "config.json", dataclasses.asdict(config))
     except OSError as error:
         raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
     return folder
@@ -178,6 +179,12 @@ def write_atomically(path, text):
     partial = path.with_suffix(".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_json(path, told):
+    """Strict JSON, with null for NaN and infinity, which it has no words for. Raises: OSError."""
+    told = json.loads(json.dumps(told), parse_constant=lambda _: None)
+    write_atomically(path, json.dumps(told, indent=1, allow_nan=False))
 
 
 def write_history(folder, rows):
@@ -476,7 +483,7 @@ def report(trainer, folder, display):
         "threads": torch.get_num_threads(), "processes": ebm_at.world()[1], "versions": versions,
     }  # fmt: skip
     try:
-        write_atomically(folder / "result.json", json.dumps(result, indent=1))
+        write_json(folder / "result.json", result)
         draw_curves(folder, display.rows)
     except OSError as error:
         raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
@@ -645,7 +652,7 @@ def attack(
         typer.Argument(help="a .pt file or a run folder; default best.pt of the newest run"),
     ] = None,
     suite: Annotated[
-        str, typer.Option(help="quick, standard (robust accuracy), energy (what moves E), or all")
+        str, typer.Option(help="quick, standard (AutoAttack but FAB-T), energy (moves E), or all")
     ] = "standard",
     attacks: Annotated[
         Optional[str], typer.Option(help="instead of a suite, such as fgsm,pgd,square")
@@ -696,61 +703,69 @@ def attack(
     if save and not Path(save).parent.is_dir():
         raise BadInput(f"--save '{save}': there is no folder '{Path(save).parent}'; make it first")
     where = ebm_at.pick_device(device)
-    model, config, path = open_model(checkpoint, model_from, dataset, where)
-    threads = use_threads(threads, getattr(model, "spec", {}).get("name"))
+    model, config, path, known = open_model(checkpoint, model_from, dataset, where)
+    spec = model.spec if isinstance(model, ebm_at.PreActResNet) else {}
+    threads = use_threads(threads, spec.get("name"))
     use_data(config, dataset, data_dir)
     if norm not in (None, config.norm) and eps is None:
         raise BadInput(f"--norm {norm} needs --eps too: the run's eps is measured in {config.norm}")
     eps, norm = config.eps if eps is None else parse_eps(eps), norm or config.norm
-    x, y, data = attacked_images(config, split, limit, where, channels_last=not model_from)
-    n, takes = len(y), getattr(model, "spec", {}).get("in_channels", x.shape[1])
-    if x.shape[1] != takes:
-        raise BadInput(f"images of '{data}' have {x.shape[1]} channels, the model takes {takes}")
+    x, y, data = attacked_images(config, split, limit, where, known, channels_last=not model_from)
+    n, c = x.shape[:2]
+    if c != (takes := spec.get("in_channels", c)):
+        raise BadInput(f"images of '{data.name}' have {c} channels, the model takes {takes}")
     ebm_at.check_attack(x, y, eps, norm)
-    ebm_at.check_model(model, x, y)
+    chosen = ebm_at.attacks_of(names, norm)
+    k, classes = ebm_at.check_model(model, x, y, chosen).shape[1], len(known or data.classes)
+    warnings = [f"The model has {k} logits, '{data.name}' {classes} classes: do they mean the same"
+                " by each label?"] * (k != classes)  # fmt: skip
     folder = claim_folder(out, path.parent if path else "runs", "attack")
     told = {
-        "checkpoint": str(path or model_from), "sha256": sha256(path), "dataset": data,
-        "split": split, "n": n, "eps": eps, "norm": norm, "suite": names, "steps": steps,
-        "queries": queries, "seed": seed, "precision": precision, "device": device_name(where),
-        "threads": threads,
-        "torch": torch.__version__,
+        "checkpoint": str(path or model_from), "dataset": data.name, "split": split, "n": n,
+        "sha256": path and hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        "eps": eps, "norm": norm, "suite": names, "steps": steps, "queries": queries, "seed": seed,
+        "precision": precision, "device": device_name(where), "threads": threads,
+        "torch": torch.__version__, "warnings": warnings, "complete": False,
     }  # fmt: skip
     say(
-        f"{told['checkpoint']} on {n} {split} images of {data}, eps {eps_text(eps, norm)}"
+        f"{told['checkpoint']} on {n} {split} images of {data.name}, eps {eps_text(eps, norm)}"
         f" ({norm}), {told['device']}, {thread_text(threads)}",
         quiet,
     )
     settings = {"queries": queries} | ({"steps": steps} if steps else {})
-    display = AttackDisplay(names, settings, quiet)
+    display = AttackDisplay(chosen, settings, quiet)
     try:
         with display.progress:
             found = ebm_at.robust_accuracy(
                 model, x, y, eps, names, norm, seed=seed, batch_size=batch_size,
                 precision=precision, on_progress=display.on_progress, **settings,
             )  # fmt: skip
-            display.finish(found["rows"])
-        signs = ebm_at.masking_signs(model, x, y, eps, norm, found["rows"], min(200, batch_size))
-    except KeyboardInterrupt:
-        report_attacks(display.rows, told | {"complete": False}, folder)
-        print(f"\nstopped: the table above, also in {folder}, is what was done", file=sys.stderr)
+            display.finish(rows := found["rows"])
+        warnings += found["notes"]
+        told |= {k: found[k] for k in ("clean_acc", "robust_acc")} | {"complete": True}
+        report_attacks(rows, told, folder)  # before anything else can fail
+        save_adversarial(model, found, y, save, save_png)
+        warnings += ebm_at.masking_signs(model, x, y, eps, norm, rows, min(200, batch_size))
+        write_json(folder / "attack.json", told)
+    except (KeyboardInterrupt, Exception) as error:  # a stranger's model may fail at any call
+        if not told["complete"]:
+            report_attacks(display.rows, told, folder)
+        if isinstance(error, (RunError, torch.OutOfMemoryError)):
+            raise
+        done = f"the table above, also in {folder}, is what was done"
+        if not isinstance(error, KeyboardInterrupt):
+            raise RunError(f"{type(error).__name__}: {error}; {done}") from error
+        print(f"\nstopped: {done}", file=sys.stderr)
         raise Stopped from None
-    told |= {k: found[k] for k in ("clean_acc", "robust_acc")} | {"warnings": signs}
-    report_attacks(found["rows"], told | {"complete": True}, folder)
-    for sign in signs:
-        say(f"WARNING  {sign}", style="bold red")
-    save_adversarial(model, found, y, save, save_png)
+    for warning in warnings:
+        say(f"WARNING  {warning}", style="bold red")
 
 
 def check_attack_options(names, *, split, precision, seed, **numbers):
     """Refuses what cannot work before anything is loaded. Raises: BadInput."""
     ebm_at.check_choice("split", split, ("train", "val", "test"))
     ebm_at.check_choice("precision", precision, ("auto", "bf16", "fp32"))
-    if isinstance(names, str):
-        ebm_at.check_choice("suite", names, ebm_at.SUITES)
-    else:
-        for name in names:
-            ebm_at.check_choice("attack", name, ebm_at.ATTACKS)
+    ebm_at.attacks_of(names)
     if not 0 <= seed < 2**32:
         raise BadInput(f"--seed must lie in 0 .. 2**32 - 1, not {seed}")
     for name, value in numbers.items():
@@ -758,19 +773,24 @@ def check_attack_options(names, *, split, precision, seed, **numbers):
             raise BadInput(f"--{name.replace('_', '-')} is too small: {value}")
 
 
-def attacked_images(config, split, limit, device, channels_last):
-    """(x, y, name): images in [0, 1] of a split, as train made it, and labels, on the device."""
+def attacked_images(config, split, limit, device, known, channels_last):
+    """(x, y, Data): images in [0, 1] of a split, as train made it, and labels, on the device."""
     data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
+    numbered = [all(map(str.isdecimal, names)) for names in (known or [], data.classes)]
+    if known and numbered[0] == numbered[1]:  # else one side has no names, and the numbers count
+        for name in data.classes:
+            ebm_at.check_choice(f"class in '{data.name}', to this model,", name, known)
+        y = torch.tensor([known.index(name) for name in data.classes])[y]
     rows = ebm_at.evenly(limit or len(y), len(y))
     x = x[rows].to(device).float() / 255
     if channels_last:  # what our networks like; a stranger's may not
         x = x.contiguous(memory_format=torch.channels_last)
-    return x, y[rows].to(device), data.name
+    return x, y[rows].to(device), data
 
 
 def open_model(checkpoint, model_from, dataset, device):
-    """(model in eval mode, the Config it was trained with or the recipe's, path or None).
+    """(model in eval mode, its Config or the recipe's, its path or None, its classes or None).
 
     Raises: BadInput, RunError.
     """
@@ -785,11 +805,11 @@ def open_model(checkpoint, model_from, dataset, device):
             model, found = ebm_at.load_model(path, device)
             known = {f.name for f in dataclasses.fields(Config)}
             settings = {k: v for k, v in found.get("config", {}).items() if k in known}
-            return model, Config(**settings), path
+            return model, Config(**settings), path, found.get("classes")
         model = model_of(state, path).to(device).eval()
     if not dataset:
         raise BadInput("this model does not say what it was trained on: give --dataset")
-    return model, ebm_at.recipe(dataset), path
+    return model, ebm_at.recipe(dataset), path, None
 
 
 def find_checkpoint(checkpoint):
@@ -806,15 +826,18 @@ def find_checkpoint(checkpoint):
 
 
 def read_state_dict(path):
-    """The tensors of a plain state_dict; None for every other file, damaged ones included."""
+    """The tensors of a state_dict, plain or wrapped; None for every other file, damaged or not."""
     if not zipfile.is_zipfile(path):  # load_model says what is wrong with it
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:
         return None
-    plain = isinstance(state, dict) and state and all(torch.is_tensor(v) for v in state.values())
-    return {k.removeprefix("module."): v for k, v in state.items()} if plain else None
+    wrapped = isinstance(state, dict) and "format" not in state  # ours have one
+    for found in (state, *(wrapped and state.get(k) for k in ("state_dict", "model", "net"))):
+        if isinstance(found, dict) and found and all(map(torch.is_tensor, found.values())):
+            return {re.sub(r"^((module|_orig_mod)\.)+", "", str(k)): v for k, v in found.items()}
+    return None
 
 
 def model_of(state, path):
@@ -851,11 +874,6 @@ def import_model(spec):
     return model
 
 
-def sha256(path):
-    """The SHA-256 of a file, in hexadecimal; None without a file."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else None
-
-
 def eps_text(size, norm):
     """A distance the way the field writes it: 8/255 for l_inf, a plain number for l_2."""
     return f"{size * 255:.3g}/255" if norm == "linf" else f"{size:.3g}"
@@ -870,7 +888,6 @@ class AttackDisplay:
     """Progress of a suite: a bar with the time left in a terminal, a line per attack elsewhere."""
 
     def __init__(self, names, settings, quiet):
-        names = ebm_at.SUITES[names] if isinstance(names, str) else names
         self.rows, self.quiet, self.told = [], quiet, 1
         self.console = Console(highlight=False, quiet=quiet)
         self.progress = Progress(
@@ -906,18 +923,7 @@ class AttackDisplay:
 
 
 def report_attacks(rows, told, folder):
-    """attack.csv and attack.json, the table, and the histograms of E(x)."""
-    plain = [{k: v for k, v in row.items() if k != "energies"} for row in rows]
-    lines = [",".join(plain[0])] if rows else []
-    for row in plain:
-        values = (row[k] for k in plain[0])
-        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
-    try:
-        write_atomically(folder / "attack.csv", "\n".join(lines) + "\n")
-        write_atomically(folder / "attack.json", json.dumps(told | {"rows": plain}, indent=1))
-        draw_energies(folder, rows)
-    except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    """The table and the histograms of E(x), then attack.csv and attack.json."""
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=110)
     stands = told["suite"] == "standard"
@@ -942,6 +948,17 @@ def report_attacks(rows, told, folder):
     console.print(table)
     if rows and console.encoding.startswith("utf"):
         console.print(Text(energy_histograms(rows)))
+    told["rows"] = plain = [{k: v for k, v in row.items() if k != "energies"} for row in rows]
+    lines = [",".join(plain[0])] if rows else []
+    for values in (row.values() for row in plain):
+        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
+    try:
+        write_atomically(folder / "attack.csv", "\n".join(lines) + "\n")
+        write_json(folder / "attack.json", told)
+        if rows:
+            draw_energies(folder, rows)
+    except OSError as error:
+        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
     if "robust_acc" in told:
         say(f"clean {told['clean_acc']:.1%}, worst case {told['robust_acc']:.1%}; cost: gradients"
             f" (g) or queries (q) per image. Saved in {folder}: "
@@ -952,7 +969,7 @@ def energy_range(rows):
     """Where E(x) lies, but for one percent at either end: (low, high)."""
     energies = torch.cat([row["energies"] for row in rows])
     low, high = energies.quantile(torch.tensor([0.01, 0.99])).tolist()
-    return low, max(high, low + 1e-3)
+    return low, max(high, low + 1e-3 * max(1, abs(low)))
 
 
 def energy_histograms(rows, bins=48):
@@ -973,14 +990,12 @@ def draw_energies(folder, rows):
         import matplotlib
     except ImportError:
         return
-    if not rows:
-        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     options = dict(bins=40, range=energy_range(rows), density=True)
-    for i, row in enumerate(rows):
+    for i, row in enumerate(row for row in rows if len(row["energies"])):
         more = dict(histtype="step", linestyle="-" if i <= 10 else "--")  # there are ten colours
         more = dict(color="0.8") if row["attack"] == "natural" else more
         axes.hist(row["energies"].numpy(), label=row["attack"], **options, **more)
@@ -1012,7 +1027,7 @@ def save_adversarial(model, found, y, save, save_png):
         except OSError as error:
             raise RunError(f"cannot write to '{save_png}' ({error.strerror})") from error
         before, after = (
-            (ebm_at.exact_logits(model, z).argmax(1) == y).float().mean().item()
+            ebm_at.is_right(ebm_at.exact_logits(model, z), y).float().mean().item()
             for z in (x_adv, rounded.to(x_adv) / 255)
         )
         say(f"saved {len(y)} PNGs in {save_png}: accuracy {before:.1%} as float tensors,"
@@ -1493,7 +1508,7 @@ def make_images(folder, made_of, options, judged, report, data, wanted, console)
         print(f"\nstopped: the images so far are in {folder}/unfinished.png", file=sys.stderr)
         raise Stopped from None
     report["generated"] = row
-    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    write_json(folder / "report.json", report)
     rows = x8.split(n)
     labelled_grid([r[:10] for r in rows], names).save(folder / "grid.png")
     save_samples(folder, x8, y, record, data.classes)
@@ -1533,7 +1548,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     if stopped and not rows:
         raise KeyboardInterrupt
     report |= {"compared": rows, "complete": not stopped}
-    write_atomically(folder / "report.json", json.dumps(report, indent=1))
+    write_json(folder / "report.json", report)
     keys = max((list(row) for row in shown), key=len, default=[])
     lines = [",".join(keys)]
     for row in shown:

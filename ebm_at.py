@@ -1992,7 +1992,7 @@ def load_checkpoint(path):
     except FileNotFoundError as error:
         raise RunError(f"no checkpoint '{path}'") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        message = f"'{path}' is damaged, or not a checkpoint of plain tensors (zipped): not loaded"
+        message = f"'{path}' is damaged, of torch before 1.6, or not plain tensors: not loaded"
         raise RunError(message) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ebm-at 1":
         raise RunError(f"'{path}' is not a checkpoint of this project (no format 'ebm-at 1')")

@@ -41,6 +41,19 @@ def fails(): raise KeyError("weights")
 def needs(argument): return Net()
 def picky(): return Net(3, lambda z: 1 / 0)
 def frozen(): return Net(3, lambda z: z.detach())
+class Late(Net):
+    calls = 0
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 12:
+            raise ValueError("the licence has run out")
+        return super().forward(x)
+def late(): return Late(3)
+class Hole(Net):
+    def forward(self, x):
+        off_grid = ((x * 255).round() - x * 255).abs().flatten(1).amax(1) > 1e-3
+        return torch.where(off_grid[:, None], float("nan"), super().forward(x))
+def hole(): return Hole(3)
 """
 
 
@@ -69,6 +82,10 @@ def place(tmp_path_factory):
     checkpoint = torch.load(best, weights_only=True)
     torch.save(checkpoint["model"], folder / "state.pt")
     torch.save({f"module.{k}": v for k, v in checkpoint["model"].items()}, folder / "parallel.pt")
+    compiled = {f"module._orig_mod.{k}": v for k, v in checkpoint["model"].items()}
+    torch.save(compiled, folder / "compiled.pt")
+    torch.save({"state_dict": checkpoint["model"], "epoch": 3}, folder / "wrapped.pt")
+    torch.save(checkpoint["model"], folder / "ancient.pt", _use_new_zipfile_serialization=False)
     torch.save({"fc.weight": torch.zeros(3, 3)}, folder / "foreign.pt")
     torch.save({"epoch": 3, "format": "other"}, folder / "other.pt")
     (folder / "cut.pt").write_bytes(best.read_bytes()[:5000])
@@ -152,7 +169,7 @@ def test_train_split_is_what_the_run_was_trained_on(place, monkeypatch, capsys):
     assert "on 60 train images" in out
 
 
-@pytest.mark.parametrize("file", ["state.pt", "parallel.pt"])
+@pytest.mark.parametrize("file", ["state.pt", "parallel.pt", "compiled.pt", "wrapped.pt"])
 def test_plain_state_dicts_of_our_networks(file, place, monkeypatch, capsys):
     options = "--dataset mine.npz --eps 8/255 --suite quick --out".split()
     out = f"from-{file}"
@@ -183,6 +200,7 @@ def test_models_of_others(function, place, monkeypatch, capsys):
     code, out, err = run(place, monkeypatch, capsys, *options, "--eps", "1/255", *SMALL)
     assert (code, err) == (0, "") and f"strangers:{function} on 12" in out
     assert ("WARNING" in out and "softmax" in out) == (function == "soft")
+    assert ("has 100 logits" in out and "3 classes" in out) == (function == "hundred")
     assert "strangers" not in " ".join(sys.path)
 
 
@@ -197,6 +215,60 @@ def test_square_can_attack_a_model_without_gradients(place, monkeypatch, capsys)
     code, out, err = run(place, monkeypatch, capsys, *options, *SMALL, "--out", place / "square")
     assert (code, err) == (0, "") and "no gradient reaches the images" in out
     assert json.loads((place / "square" / "attack.json").read_text())["complete"] is True
+
+
+def test_a_model_that_fails_late_keeps_the_finished_attacks(place, monkeypatch, capsys):
+    options = "--model-from strangers:late --dataset mine.npz --attacks fgsm,square".split()
+    code, out, err = run(place, monkeypatch, capsys, *options, *SMALL, "--out", place / "failed")
+    assert code == 1 and err.startswith("error: ValueError: the licence") and err.count("\n") == 1
+    told = json.loads((place / "failed" / "attack.json").read_text())
+    assert [row["attack"] for row in told["rows"]] == ["natural", "fgsm"] and not told["complete"]
+
+
+def test_what_is_finished_is_saved_before_masking_is_looked_for(place, monkeypatch, capsys):
+    def fails(*_):
+        assert (place / "early" / "attack.json").exists() and (place / "early.pt").exists()
+        raise ValueError("masked")
+
+    monkeypatch.setattr(ebm_at, "masking_signs", fails)
+    options = ["--attacks", "fgsm", "--out", place / "early", "--save", place / "early.pt"]
+    code, _, err = run(place, monkeypatch, capsys, *options, *SMALL)
+    assert code == 1 and "masked" in err and err.count("\n") == 1
+    assert json.loads((place / "early" / "attack.json").read_text())["complete"]
+
+
+def test_points_without_finite_logits_leave_strict_json_and_a_word(place, monkeypatch, capsys):
+    def no_constant(name):
+        raise AssertionError(name)
+
+    options = "--model-from strangers:hole --dataset mine.npz --attacks pgd".split()
+    code, out, err = run(place, monkeypatch, capsys, *options, *SMALL, "--out", place / "hole")
+    assert (code, err) == (0, "") and "12 attacked points have NaN" in out
+    text = (place / "hole" / "attack.json").read_text()
+    row = json.loads(text, parse_constant=no_constant)["rows"][1]
+    assert (row["nonfinite"], row["energy"], row["accuracy"]) == (12, None, 0)
+
+
+@pytest.mark.parametrize("known", [["ant", "bee", "cat"], ["3", "5", "7"]])
+def test_labels_are_matched_by_the_names_of_their_classes(known, place, monkeypatch, capsys):
+    from PIL import Image
+
+    checkpoint = torch.load(place / "runs/new/best.pt", weights_only=True)
+    torch.save(checkpoint | {"classes": known}, place / f"{known[0]}.pt")
+    rng, zoo = np.random.default_rng(1), place / f"without-{known[0]}"
+    for name in (f"{split}/{c}/{i}.png" for split in ("train", "test") for c in known[1:]
+                 for i in range(6)):  # fmt: skip
+        (zoo / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(zoo / name)
+    command = [f"{known[0]}.pt", "--dataset", zoo, "--eps", "0", "--suite", "quick", *SMALL]
+    adv = place / f"adv-{known[0]}.pt"
+    run(place, monkeypatch, capsys, *command, "--out", f"named-{known[0]}", "--save", adv)
+    assert torch.load(adv)["y"].tolist() == [1] * 6 + [2] * 6
+    for split in ("train", "test"):
+        (zoo / split / known[1]).rename(zoo / split / (2 * known[1]))
+    code, _, err = run(place, monkeypatch, capsys, *command, "--out", "strange")
+    assert code == 2 and f"'{2 * known[1]}': did you mean '{known[1]}'?" in err
+    assert err.count("\n") == 1 and not (place / "strange").exists()
 
 
 def test_ctrl_c_while_looking_for_masking_keeps_the_finished_table(place, monkeypatch, capsys):
@@ -244,7 +316,9 @@ BAD = {  # what is wrong: (arguments, exit code, words of the one line on stderr
     "empty folder": (["taken"], 1, "no checkpoint"),
     "a web page": (["page.pt"], 1, "damaged"),
     "cut short": (["cut.pt"], 1, "damaged"),
-    "a pickle that runs code": (["evil.pt"], 1, "damaged, or not a checkpoint of plain"),
+    "in the format before torch 1.6": (["ancient.pt"], 1, "torch before 1.6"),
+    "square in l2": (["--attacks", "square", "--norm", "l2", "--eps", "1"], 2, "in l2 'square'"),
+    "a pickle that runs code": (["evil.pt"], 1, "or not plain tensors"),
     "another project's": (["other.pt"], 1, "not a checkpoint of this project"),
     "another network's weights": (["foreign.pt", "--dataset", "mine.npz"], 1, "none of our"),
     "weights of another width": (["wide.pt"], 1, "do not fit its spec"),

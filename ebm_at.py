@@ -1172,8 +1172,7 @@ def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=Non
 
 def _window_side(done, h, w):
     """Side of square's window, in pixels, when a share `done` of the queries is spent."""
-    # The authors' schedule: the shares of the budget at which the window's area is halved.
-    halvings = sum(done > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))
+    halvings = sum(done > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))  # area
     return min(max(round(math.sqrt(0.8 / 2**halvings * h * w)), 1), h, w)
 
 
@@ -1364,6 +1363,23 @@ def attacks_of(suite, norm="linf"):
     return suite
 
 
+def _plan(model, x, y, suite, norm, precision, numbers):
+    """What robust_accuracy begins with: clean logits, names of attacks, dtype of search, notes."""
+    for setting, value in numbers.items():
+        if value < 1:
+            raise BadInput(f"{setting} must be at least 1, not {value}")
+    names, dtype = attacks_of(suite, norm), pick_precision(precision, x.device)
+    left_out = isinstance(suite, str) and names != SUITES[suite]
+    notes = ["Square is left out: it attacks in linf only."] * left_out
+    clean = check_model(model, x, y, names)
+    if dtype != torch.float32 and not all(ATTACKS[name].exact for name in names):
+        try:
+            try_gradient(model, x[:2], y[:2], dtype)
+        except BadInput as error:
+            dtype, notes = torch.float32, [*notes, f"Searched in fp32: {error}."]
+    return clean, names, dtype, notes
+
+
 @torch.no_grad()
 def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, batch_size=500,
                     precision="auto", on_progress=None, **settings):  # fmt: skip
@@ -1382,25 +1398,13 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         settings: steps and queries, for the attacks that have them.
     Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, else x; fallen
         (N,); rows, natural images first: the means of _row over the n images attacked, worst
-        (robust accuracy of ALL images so far), outside (misclassified, but out of the ball: not
-        counted), nonfinite (logits: counted as misclassified), gradients and queries per image, and
-        seconds; notes, sentences on what was done otherwise than asked.
+        (robust accuracy of ALL images so far), outside (wrong, but out of the ball: not counted),
+        nonfinite (logits: counted as wrong), gradients and queries per image, seconds; notes.
     Raises: BadInput. Source: Croce & Hein 2020 (worst case); Mirza et al. 2024 (energies).
     """
     check_attack(x, y, eps, norm)
-    names = attacks_of(suite, norm)
-    left_out = isinstance(suite, str) and names != SUITES[suite]
-    notes = ["Square is left out: it attacks in linf only."] * left_out
-    for setting, value in {**settings, "batch_size": batch_size}.items():
-        if value < 1:
-            raise BadInput(f"{setting} must be at least 1, not {value}")
-    dtype, began = pick_precision(precision, x.device), time.perf_counter()
-    clean = check_model(model, x, y, names)
-    if dtype != torch.float32 and not all(ATTACKS[name].exact for name in names):
-        try:
-            try_gradient(model, x[:2], y[:2], dtype)
-        except BadInput as error:
-            dtype, notes = torch.float32, [*notes, f"Searched in fp32: {error}."]
+    began, numbers = time.perf_counter(), settings | {"batch_size": batch_size}
+    clean, names, dtype, notes = _plan(model, x, y, suite, norm, precision, numbers)
     fallen, worst = ~is_right(clean, y), x.clone()
     row = {"worst": (~fallen).float().mean().item(), "outside": 0, "gradients": 0.0, "queries": 1.0}
     rows = [_row("natural", clean, clean, x, x, y, **row, seconds=time.perf_counter() - began)]
@@ -1447,20 +1451,16 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
 
     Arguments as for robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
     """
-    rows_tried = evenly(most, len(x)).to(x.device)
-    x, y = x[rows_tried], y[rows_tried]
+    x, y = (t[evenly(most, len(t)).to(t.device)] for t in (x, y))
     logits = exact_logits(model, x)
     grey_eps = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5  # reaches grey from anywhere
     probabilities = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()
-    far = 0.01 * logits.abs().max()
-    again = (exact_logits(model, x) - logits).abs().max() > far
-    alone = (exact_logits(model, x[:20], batch_size=1) - logits[:20]).abs().max() > far
+    again = (exact_logits(model, x) - logits).abs().max() > 0.01 * logits.abs().max()
+    alone = (exact_logits(model, x[:20], 1) - logits[:20]).abs().max() > 0.01 * logits.abs().max()
     broken = sum(row.get("nonfinite", 0) for row in rows)
     unsteady = [
-        (again, "Asked twice, the model gives different logits (dropout or another random"
-         " step left on?): each number here is one throw of the dice."),
-        (alone and not again, "Alone, an image gets other logits than in a batch (batch"
-         " statistics?): each number here depends on the batch."),
+        (again, "Asked twice, the model gives other logits (dropout left on?): results vary."),
+        (alone and not again, "Alone, an image gets other logits than in a batch: results vary."),
         (broken, f"{broken} attacked points have NaN or infinite logits: they count as fallen."),
     ]  # fmt: skip
     try:

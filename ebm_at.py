@@ -2458,7 +2458,7 @@ class ClassPCA:
 STARTS = {
     "local-pca": "a Gaussian on the neighbourhood of a real image, in PCA space",
     "gaussian": "one Gaussian per class, fitted in PCA space",
-    "pca": "class mean + .35 g std along each component (.005 sqrt(n - 1), n = 5,000 images)",
+    "pca": "class mean + .35 g std along each component (predecessor: .005 sqrt(n - 1); n 5,000)",
     "mean": "the mean image of the class",
     "noise": "uniform noise, the same for all classes",
 }

@@ -663,6 +663,9 @@ def attack(
         Optional[int], typer.Option(help="of PGD (20) and APGD (100, energy-up 40)")
     ] = None,
     queries: Annotated[int, typer.Option(help="of Square")] = 5000,
+    restarts: Annotated[
+        int, typer.Option(help="of PGD; PGD-50-10: --attacks pgd --steps 50 --restarts 10")
+    ] = 1,
     limit: Annotated[int, typer.Option(help="images, taken evenly; 0 = all of the split")] = 1000,
     batch_size: Annotated[int, typer.Option(help="images at a time")] = 500,
     seed: Annotated[int, typer.Option(help="of all that is random in the attacks")] = 0,
@@ -696,8 +699,9 @@ def attack(
     dozen attacks on the same images.
     """
     names = suite if attacks is None else [name.strip() for name in attacks.split(",")]
-    check_attack_options(names, limit=limit, steps=steps, queries=queries, batch_size=batch_size,
-                         seed=seed, split=split, precision=precision)  # fmt: skip
+    check_attack_options(names, limit=limit, steps=steps, queries=queries, restarts=restarts,
+                         batch_size=batch_size, seed=seed, split=split,
+                         precision=precision)  # fmt: skip
     for path in (p for p in (save, save_png) if p and Path(p).exists()):
         raise RunError(f"'{path}' exists: nothing was touched; name a new one")
     if save and not Path(save).parent.is_dir():
@@ -723,7 +727,8 @@ def attack(
     told = {
         "checkpoint": str(path or model_from), "dataset": data.name, "split": split, "n": n,
         "sha256": path and hashlib.sha256(Path(path).read_bytes()).hexdigest(),
-        "eps": eps, "norm": norm, "suite": names, "steps": steps, "queries": queries, "seed": seed,
+        "eps": eps, "norm": norm, "suite": names, "steps": steps,
+        "queries": queries, "restarts": restarts, "seed": seed,
         "precision": precision, "device": device_name(where), "threads": threads,
         "torch": torch.__version__, "warnings": warnings, "complete": False,
     }  # fmt: skip
@@ -732,7 +737,7 @@ def attack(
         f" ({norm}), {told['device']}, {thread_text(threads)}",
         quiet,
     )
-    settings = {"queries": queries} | ({"steps": steps} if steps else {})
+    settings = {"queries": queries, "restarts": restarts} | ({"steps": steps} if steps else {})
     display = AttackDisplay(chosen, settings, quiet)
     try:
         with display.progress:

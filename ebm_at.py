@@ -16,8 +16,8 @@ the energies are the DELTA ENERGIES, dE(x) = E(x) - E(x*) and dE(x, y) = E(x, y)
 Two things go wrong. Single-step training collapses against PGD (catastrophic overfitting, CO): the
 landscape bends between x and x*, so that more and more x* have a LOWER loss than x (abnormal
 adversarial examples, AAEs). Multi-step training overfits slowly (robust overfitting, RO): its
-robustness decays on new images while it rises on those of training. The Delta Energy Regularizer (DER) adds
-beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss, which keeps the landscape flat from x to x*.
+robustness decays on new images while it rises on those of training. The Delta Energy Regularizer
+(DER) adds beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss: the landscape stays flat from x to x*.
 
 Notation (N images, C channels, K classes)
 
@@ -1262,13 +1262,22 @@ SUITES = {
 }
 
 
-def run_attack(name, model, x, y, eps, norm="linf", seed=0, **settings):
+def run_attack(name, model, x, y, eps, norm="linf", seed=0, restarts=1, **settings):
     """Runs the attack `name` on images: fgsm's arguments, and settings such as steps=50.
 
     All randomness comes from (seed, name) and is the same for every image: what happens to an image
-    depends neither on its place nor on its batch. Returns: x_adv, like x. Raises: BadInput.
+    depends neither on its place nor on its batch. restarts: what still stands is attacked again
+    from another random start. Returns: x_adv, like x. Raises: BadInput.
     """
     check_choice("attack", name, ATTACKS)
+    if restarts > 1 and ATTACKS[name].start:
+        x_adv = run_attack(name, model, x, y, eps, norm, seed, **settings)
+        for again in range(seed + 1, seed + restarts):
+            rows = (exact_logits(model, x_adv).argmax(1) == y).nonzero()[:, 0]
+            if len(rows):
+                part = x[rows], y[rows]
+                x_adv[rows] = run_attack(name, model, *part, eps, norm, again, **settings)
+        return x_adv
     for setting in settings:
         check_choice("attack setting", setting, {k for a in ATTACKS.values() for k in a.settings})
     attack = ATTACKS[name]
@@ -1395,7 +1404,7 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         suite: a name of SUITES, or a list of names of ATTACKS.
         batch_size: on it only speed and memory depend; precision: see pick_precision.
         on_progress: called as (rows so far, attack, images done, images in all) after every batch.
-        settings: steps and queries, for the attacks that have them.
+        settings: steps, queries and restarts, for the attacks that have them.
     Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, else x; fallen
         (N,); rows, natural images first: the means of _row over the n images attacked, worst
         (robust accuracy of ALL images so far), outside (wrong, but out of the ball: not counted),

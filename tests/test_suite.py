@@ -522,3 +522,15 @@ def test_a_step_along_a_gradient_that_is_nan_goes_nowhere():
     x, gradient = torch.rand(2, 3, 4, 4), torch.full((2, 3, 4, 4), math.nan)
     for norm in ("linf", "l2"):
         assert torch.equal(ebm_at.ascend(x, gradient, 0.1, norm), x)
+
+
+def test_restarts_never_leave_more_standing(tiny_net):
+    """Ten short runs from ten starts break at least what one breaks, and here more."""
+    net, g = tiny_net(3).eval(), torch.Generator().manual_seed(0)
+    x = torch.rand(64, 3, 8, 8, generator=g)
+    y = net(x).argmax(1)
+    left = [
+        (net(ebm_at.run_attack("pgd", net, x, y, 0.03, steps=1, restarts=n)).argmax(1) == y)
+        for n in (1, 10)
+    ]
+    assert (left[1] <= left[0]).all() and left[1].sum() < left[0].sum()

@@ -1958,8 +1958,9 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
         if config.der_on == "abnormal" and dist.is_initialized():
             # Each process has met other AAEs: its mean counts by its share of all of them.
             own = abnormal(logits, logits_adv, y).sum().float()
-            sum_over_processes([everywhere := own.clone()])
-            penalty = penalty * own * world()[1] / everywhere.clamp_min(1)
+            total = own.clone()
+            sum_over_processes([total])
+            penalty = penalty * own * world()[1] / total.clamp_min(1)
         loss = loss + beta * penalty
     if config.grad_align:
         with attack_mode(model, "train", freeze=False):

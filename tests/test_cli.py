@@ -317,14 +317,14 @@ def test_kill_and_resume_gives_the_same_history(tmp_path):
 def test_two_processes_give_the_history_of_one(tmp_path):
     """torchrun, gloo on the CPU, fp32: the same global batches, so the same numbers to 1e-3.
 
-    An epoch is one step here, and loss and attack are the smooth ones (dE^2, l_2): the kink of |dE|
-    and the sign in FGSM turn rounding errors of 1e-7 into other gradients, so that longer runs part
-    ways, as two runs with different numbers of threads do.
+    An epoch is one step here, DER's mean over abnormal images is one over both processes', and the
+    attack is the smooth one (l_2): the sign in FGSM turns rounding errors of 1e-7 into other
+    gradients, so that longer runs part ways, as two runs with different numbers of threads do.
     """
     options = "train --limit 40 --batch-size 40 --epochs 3 --width 8 --probe-size 100".split()
     options += "--test-size 100 --device cpu --precision fp32 --augment crop-flip".split()
     options += "--schedule constant --lr 0.02 --method rs-fgsm --norm l2 --eps 0.5".split()
-    options += "--der --beta 1 --der-ramp 0".split()
+    options += "--der --beta 1 --der-ramp 0 --der-on abnormal".split()
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher in (("one", [sys.executable]), ("two", torchrun)):

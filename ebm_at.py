@@ -842,7 +842,7 @@ def attack_mode(model, batchnorm="eval", freeze=True):
     """
     check_choice("BatchNorm mode", batchnorm, ("eval", "train"))
     before = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
-    wanting = [p for p in model.parameters() if p.requires_grad and freeze]
+    wanting = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
     norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
     if batchnorm == "eval":
         norms = []  # TorchScript's are constants, and may not even be set to what they are
@@ -1810,7 +1810,8 @@ def recipe(dataset="shapes", method="fgsm", **given):
             2022 (lr .05, eps growing for 5 epochs); GradAlign: its authors' lr .3;
         pgd, none: Rice et al. 2020 (200 epochs, .1 falling at 50% and 75%; SVHN .01, step 1/255);
         trades, mart, weat: their authors' epochs, drops, weight decay, and attack in eval mode.
-    In l_2 eps is 128/255 everywhere. DER of multi-step methods is the paper's.
+    In l_2 eps is 128/255 everywhere. DER is the paper's, but on shapes with single-step methods:
+    there all images, with a beta that grows, kept more robustness (tutorials/results/README.md).
     Raises: BadInput.
     """
     check_choice("method", method, METHODS)
@@ -1828,10 +1829,12 @@ def recipe(dataset="shapes", method="fgsm", **given):
         if how.multi_step or method == "none":
             usual |= dict(epochs=200, lr=0.1, schedule="piecewise")
             usual |= dict(lr=0.01, attack_step=1 / 255) if svhn else {}
-        elif svhn:
-            usual |= dict(lr=0.05, eps_warmup=5.0)
-        elif given.get("grad_align"):
-            usual |= dict(lr=0.3)
+        else:  # the paper's DER against collapse: on abnormal images, from the start
+            usual |= dict(beta=0.1 if method == "n-fgsm" else 0.5, der_on="abnormal", der_ramp=0.0)
+            if svhn:
+                usual |= dict(lr=0.05, eps_warmup=5.0)
+            elif given.get("grad_align"):
+                usual |= dict(lr=0.3)
         if method == "trades":
             usual |= dict(epochs=76, lr_drops="0.986", weight_decay=2e-4)  # at 75 of 76
             usual |= dict(awp_warmup=10) if given.get("awp") else {}

@@ -211,7 +211,7 @@ def test_judge_features_are_what_the_head_is_given(tiny_net):
     torch.testing.assert_close(ebm_at.judge_images(model, x8)[0], same)
 
 
-@pytest.mark.parametrize("name, width", [("small", 8), ("preactresnet18", 512)])
+@pytest.mark.parametrize("name, width", [("small", 64), ("preactresnet18", 512)])
 def test_any_of_our_models_can_judge(name, width):
     model = ebm_at.make_model(name, 4, width=8).eval()
     x = torch.rand(2, 3, 16, 16)

@@ -561,6 +561,8 @@ def compare(
     ] = None,
 ):
     """Put finished runs side by side: one row for all that differ by their seed only."""
+    if picture and Path(picture).exists():
+        raise RunError(f"'{picture}' exists: nothing was touched; name a new one")
     found = [read_run(run) for run in runs]
     options = [options_of(Config(**result["settings"] | {"seed": 0})) for result, _ in found]
     shared = [word for word in options[0] if all(word in words for words in options)]

@@ -17,7 +17,7 @@ Two things go wrong. Single-step training collapses against PGD (catastrophic ov
 landscape bends between x and x*, so that more and more x* have a LOWER loss than x (abnormal
 adversarial examples, AAEs). Multi-step training overfits slowly (robust overfitting, RO): its
 robustness decays on new images while it rises on those of training. The Delta Energy Regularizer
-(DER) adds beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss: the landscape stays flat from x to x*.
+(DER) adds beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss and keeps the landscape flat there.
 
 Notation (N images, C channels, K classes)
 

@@ -331,7 +331,7 @@ def test_saving_where_nothing_can_be_written(tmp_path):
 def test_every_model_can_be_rebuilt_from_its_spec():
     for name in MODELS:
         with torch.device("meta"):
-            model = make_model(name, 7, 1, [0.1], [0.2], 5)
+            model = make_model(name, 7, 1, [0.1], [0.2], 9)
             again = make_model(**model.spec)
         shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (model, again)]
         assert shapes[0] == shapes[1]

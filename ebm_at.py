@@ -1787,9 +1787,10 @@ class OverfittingMonitor:
 SCHEDULES = ["triangular", "piecewise", "cosine", "constant"]
 PRESETS = {
     # Few images, many epochs, a learning-rate drop: what RO needs (Rice et al. 2020).
-    "ro": dict(dataset="shapes", method="pgd", limit=200, width=32, eps=16 / 255, eps_warmup=0.0,
+    # With --der: from the first drop on, as late as the paper's, while there is something to save.
+    "ro": dict(dataset="shapes", method="pgd", limit=200, width=32, eps=12 / 255, eps_warmup=0.0,
                attack_steps=5, batch_size=50, lr=0.1, schedule="piecewise", epochs=80,
-               probe_size=200, test_size=1000, beta=4.0),
+               probe_size=200, test_size=1000, der_from=0.5),
 }  # fmt: skip
 REACTIONS = ["continue", "stop", "rollback", "der"]
 # What every step gives away for nothing (see Trainer.step), as means over an epoch.

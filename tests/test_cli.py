@@ -372,7 +372,7 @@ def test_a_preset_never_lends_its_l_inf_eps_to_l2():
     eps = cli.config_from({"norm": "l2"}, "ro").eps
     assert eps == pytest.approx(128 / 255)
     assert cli.config_from({"norm": "l2", "eps": "1.0"}, "ro").eps == 1.0
-    assert cli.config_from({}, "ro").eps == pytest.approx(16 / 255)
+    assert cli.config_from({}, "ro").eps == pytest.approx(12 / 255)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,32 @@ import os
 import platform
 import re
 import shlex
+import signal
 import sys
 import time
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Annotated, Optional
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+
+def stop(number, _frame=None):
+    """Ctrl-C or SIGTERM: raises once, so that what there is gets saved, which takes seconds."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    if "main" not in globals():  # the libraries are still loading
+        os.write(2, b"stopped\n")
+        os._exit(128 + number)
+    raise KeyboardInterrupt(number)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
 import numpy
 import rich.box
@@ -31,18 +51,19 @@ import typer
 from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 import ebm_at
-from ebm_at import BadInput, Config, RunError
+from ebm_at import BadInput, Config, RunError, checksum
 
 
 class Stopped(Exception):
-    """Ctrl-C came, what there was has been saved, and where has been said."""
+    """(cause, words): `cause` ended the work; the words say what of it is kept all the same."""
 
 
+HELD = contextlib.ExitStack()  # locks, and new folders if still empty: main() gives them back
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
 
@@ -65,17 +86,19 @@ def parse_eps(text):
         raise BadInput(f"--eps '{text}' is not a number or a fraction such as 8/255") from error
 
 
+def eps_text(size, norm, digits=3):
+    """A distance the way the field writes it: 8/255 for l_inf, a plain number for l_2."""
+    return f"{size * 255:.{digits}g}/255" if norm == "linf" else f"{size:.{digits}g}"
+
+
 def fields_as_options(command):
     """Gives `command(..., **settings)` an option for every field of Config, None when not given."""
     signature = inspect.signature(command)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     for f in dataclasses.fields(Config):
-        default = f"{f.default * 255:g}/255" if f.name == "eps" else f.default
-        option = typer.Option(
-            help=f.metadata["note"],
-            rich_help_panel=f.metadata["panel"],
-            show_default=str(default) if f.type is not bool else False,
-        )
+        default = eps_text(f.default, "linf") if f.name == "eps" else f.default
+        shown = "" if f.type is bool else rf" \[default: {default}]"
+        option = typer.Option(help=f.metadata["note"] + shown, rich_help_panel=f.metadata["panel"])
         value_type = str if f.name == "eps" else f.type
         kind = Annotated[Optional[value_type], option]
         own.append(
@@ -93,8 +116,8 @@ def use_threads(wanted, model):
     beside another busy process, or on a virtual machine, they lose several times over. The number
     is kept in config.json: it changes rounding, and so what a resumed run would repeat.
     """
-    if wanted < 0:
-        raise BadInput(f"--threads must not be negative, but is {wanted}")
+    if not 0 <= wanted <= 1024:
+        raise BadInput(f"--threads must lie in 0 .. 1024, not {wanted}")
     wanted = wanted or (1 if model == "small" else torch.get_num_threads())
     torch.set_num_threads(wanted)
     return wanted
@@ -141,23 +164,46 @@ def config_from(settings, preset):
 # --------------------------------------------------------------------------------------------------
 
 
-def claim_folder(out, beside, stem):
-    """Makes and returns `out`, or the next free <beside>/<stem>-<n>, which no other run can take.
+def hold(lock, what, new=()):
+    """Holds the marker file `lock` until main() ends; if we are killed, the system lets it go.
 
-    Raises: RunError when it is in use or cannot be made.
+    new: folders to remove then if they are still empty. Raises: RunError when another holds it.
     """
-    if out and Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())):
-        raise RunError(f"'{out}' exists: nothing was touched; name a new folder with --out")
-    free = [Path(out)] if out else (Path(beside, f"{stem}-{n}") for n in itertools.count(1))
-    for folder in free:
+    file = HELD.enter_context(open(lock, "w"))
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"another process works on '{what}': wait for its end") from error
+    except OSError:  # a file system without locks
+        pass
+    HELD.callback(let_go, Path(lock), new)
+
+
+def let_go(lock, new):
+    """Removes a marker, and folders that nothing was written to."""
+    lock.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for folder in new:
+            folder.rmdir()
+
+
+def claim_folder(out, beside, stem):
+    """Makes and holds `out`, or the next free <beside>/<stem>-<n>. Raises: RunError."""
+    if out and os.path.lexists(out):
+        if not os.path.isdir(out) or set(os.listdir(out)) - {".lock"}:
+            raise RunError(f"'{out}' exists: nothing was touched; name a new folder with --out")
+    for folder in [Path(out)] if out else (Path(beside, f"{stem}-{n}") for n in itertools.count(1)):
+        new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
         try:
             folder.mkdir(parents=True, exist_ok=bool(out))
-            return folder
-        except FileExistsError:  # another run's: try the next number
-            continue
         except OSError as error:
+            if not out and os.path.lexists(folder):  # another run's: try the next number
+                continue
             reason = f"cannot write to '{folder}' ({error.strerror})"
             raise RunError(f"{reason}; name another with --out") from error
+        hold(folder / ".lock", folder, new)
+        return folder
 
 
 def make_run_folder(config, out):
@@ -167,18 +213,23 @@ def make_run_folder(config, out):
     """
     name = f"{Path(config.dataset).stem}-{config.method}{'-der' * config.der}"
     folder = claim_folder(out, "runs", name)
-    try:
-        write_json(folder / "config.json", dataclasses.asdict(config))
-    except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
+    write_json(folder / "config.json", dataclasses.asdict(config))
+    # A run that fails before its first checkpoint leaves nothing; one that is killed can begin anew.
+    HELD.callback(lambda: (folder / "last.pt").exists() or (folder / "config.json").unlink())
     return folder
 
 
 def write_atomically(path, text):
-    """Writes a text file under a temporary name and renames it. Raises: OSError."""
+    """Writes a text file under a temporary name and renames it. Raises: OSError, with its name."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path, told):
@@ -187,18 +238,14 @@ def write_json(path, told):
     write_atomically(path, json.dumps(told, indent=1, allow_nan=False))
 
 
-def write_history(folder, rows):
-    """history.csv, one row per epoch, rewritten whole so that it is never half a row."""
-    lines = [",".join(ebm_at.HISTORY)]
-    lines += [
-        ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in r.values()) for r in rows
-    ]
-    try:
-        write_atomically(folder / "history.csv", "\n".join(lines) + "\n")
-    except OSError as error:
-        raise RunError(
-            f"cannot write to '{folder}' ({error.strerror}); last.pt holds what was done"
-        ) from error
+def write_csv(path, rows, keys):
+    """Writes dicts as CSV, rewritten whole so that it is never half a row. Raises: OSError."""
+    lines = [",".join(keys)]
+    for row in rows:
+        cells = ["" if row.get(k) is None else row[k] for k in keys]
+        cells = [f"{v:.6g}" if isinstance(v, float) else str(v).replace(", ", " ") for v in cells]
+        lines.append(",".join(cells))
+    write_atomically(path, "\n".join(lines) + "\n")
 
 
 def draw_curves(folder, rows):
@@ -243,6 +290,70 @@ def draw_curves(folder, rows):
 # --------------------------------------------------------------------------------------------------
 
 
+def printable(text):
+    """The text with control characters, which could command a terminal, written out as \\x1b."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in str(text))
+
+
+class Terminal(Console):
+    """rich's Console for plain lines; everything that is printed but tables goes through say."""
+
+    def __init__(self, **options):
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def say(self, text, style=None, paste=False):
+        """A line that stays; a terminal breaks it between words, unless it is there to `paste`."""
+        whole = paste or not self.is_terminal
+        self.print(printable(text), style=style, soft_wrap=whole, crop=False)
+
+    def on_broken_pipe(self):
+        raise  # to main(): rich itself would end the program without a word
+
+
+def say(text, quiet=False, style=None, paste=False):
+    """A line that stays, however long."""
+    Terminal(quiet=quiet).say(text, style, paste)
+
+
+class Bar:
+    """How far a long piece of work is: a bar in a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, console, text, total, done=0):
+        self.console, self.text, self.total, self.done = console, text, max(total, 1), done
+        self.before, self.began, self.told = done, time.monotonic(), time.monotonic()
+        self.shown = console.is_terminal and not console.quiet
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[note]}"), TimeElapsedColumn(), console=console,
+            transient=True, disable=not self.shown,
+        )  # fmt: skip
+        self.task = self.bar.add_task(text, total=self.total, completed=done, note="")
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def left(self):
+        """How much longer, in words, if the rest goes as fast as all so far."""
+        spent = time.monotonic() - self.began
+        left = spent * (self.total - self.done) / max(self.done - self.before, 1e-9)
+        return f"about {left:.0f} s left" if self.done > self.before else ""
+
+    def to(self, done, note="", total=None):
+        """`done` of the total is done; note: in words, what comes now."""
+        self.total = total or self.total
+        self.done = min(done, self.total)
+        self.bar.update(self.task, completed=self.done, total=self.total,
+                        note=f"{note} {self.left()}")  # fmt: skip
+        if not self.shown and not self.console.quiet and time.monotonic() - self.told > 10:
+            self.told = time.monotonic()
+            note = note or f"{self.done / self.total:.0%}"
+            print(f"{self.text}: {note}  ({self.left()})", flush=True)
+
+
 def sparkline(values, low, high):
     """Values as a row of bars, eight heights between low and high."""
     bars = "▁▂▃▄▅▆▇█"
@@ -253,30 +364,15 @@ class Display:
     """Progress of a run: a live table and bar in a terminal, one plain line per epoch elsewhere."""
 
     COLUMNS = (
-        "epoch",
-        "loss",
-        "clean",
-        "FGSM",
-        "PGD-10",
-        "AAE",
-        "dE(x)",
-        "dE(x,y)",
-        "verdict",
-        "seconds",
-    )
+        "epoch", "loss", "clean", "FGSM", "PGD-10", "AAE", "dE(x)", "dE(x,y)", "verdict", "s",
+    )  # fmt: skip
 
-    def __init__(self, config, rows, quiet):
-        self.config, self.rows, self.quiet = config, rows, quiet
-        self.began, self.before = time.monotonic(), len(rows)  # before: epochs done before a resume
-        self.console = Console(highlight=False, quiet=quiet)
-        self.live = None
-        if self.console.is_terminal and not quiet:
-            self.bar = Progress(
-                TextColumn("{task.description}"), BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(), TextColumn("left"),
-                TimeRemainingColumn(), console=self.console,
-            )  # fmt: skip
-            self.task = self.bar.add_task("starting", total=config.epochs, completed=len(rows))
+    def __init__(self, trainer, quiet):
+        self.trainer, self.rows, self.quiet = trainer, list(trainer.history), quiet
+        self.epochs, self.console, self.live = trainer.config.epochs, Terminal(quiet=quiet), None
+        self.bar = Bar(self.console, "training", self.epochs, len(self.rows))
+        self.estimate()
+        if self.bar.shown:
             self.live = Live(self.picture(), console=self.console, refresh_per_second=4)
 
     def __enter__(self):
@@ -289,28 +385,35 @@ class Display:
             self.live.update(self.picture())
             self.live.stop()
 
-    def say(self, text):
-        """A line that stays."""
-        self.console.print(text, soft_wrap=True, markup=False)
+    def estimate(self):
+        """The share of an epoch that trains, and all there is to do, in epochs, `report`'s
+        measuring too; counted in gradients until the first epoch tells the seconds."""
+        config, data = self.trainer.config, self.trainer.data
+        n, test = config.probe_size, len(data.y_test)
+        probed = min(n, len(data.y_val)) + min(n / 2, test) + min(n / 4, len(data.y_train))
+        steps = config.attack_steps if ebm_at.METHODS[config.method].multi_step else 1
+        train, probe = len(data.y_train) * (steps + 2), 12 * probed
+        if self.rows:
+            train, probe = self.rows[-1]["seconds"], self.rows[-1]["probe_seconds"]
+        final = probe / probed * 2 * min(config.test_size or test, test)  # of last and of best
+        self.share, self.total = train / (train + probe), self.epochs + final / (train + probe)
 
     def on_progress(self, epoch, step, steps):
-        if self.live:
-            text = f"epoch {epoch + 1}/{self.config.epochs}"
-            self.bar.update(self.task, completed=epoch + step / steps, description=text)
+        text = f"epoch {epoch + 1}/{self.epochs}"
+        self.bar.to(epoch + self.share * step / steps, text, self.total)
 
     def add(self, row):
         """A new epoch."""
         self.rows.append(row)
+        self.estimate()
         if self.live:
             self.live.update(self.picture())
         elif not self.quiet:
-            each = (time.monotonic() - self.began) / (len(self.rows) - self.before)
-            left = each * (self.config.epochs - len(self.rows))
+            self.bar.to(row["epoch"], total=self.total)
+            self.bar.told = time.monotonic()
             cells = zip(self.COLUMNS[1:], self.cells(row)[1:])
-            line = f"epoch {row['epoch']:>3}/{self.config.epochs}  " + "  ".join(
-                f"{n} {v}" for n, v in cells
-            )
-            print(f"{line}  (about {left:.0f} s left)", flush=True)
+            line = "  ".join(f"{n} {v}" for n, v in cells)
+            print(f"epoch {row['epoch']:>3}/{self.epochs}  {line}  ({self.bar.left()})", flush=True)
 
     @staticmethod
     def cells(row):
@@ -327,7 +430,7 @@ class Display:
 
         AAE, dE(x) and dE(x,y) are of the training attack on training images, the rest is of test.
         """
-        table = Table(box=rich.box.SIMPLE_HEAD)
+        table = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 0, 0, 1))  # 80 columns are enough
         for name in self.COLUMNS:
             table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows[-8:]:
@@ -339,7 +442,7 @@ class Display:
         if self.console.encoding.startswith("utf") and self.rows:
             parts.append(f" PGD-10 {sparkline(pgd, 0, max(pgd + [0.3]))} {pgd[-1]:.1%}")
             parts.append(f" AAEs   {sparkline(aae, 0, max(aae + [0.3]))} {aae[-1]:.1%}")
-        return Group(*parts, self.bar)
+        return Group(*parts, self.bar.bar)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -365,19 +468,19 @@ def train(
 ):
     """Train a classifier, robustly or not, and say in words whether it overfitted.
 
-    Without options: FGSM training on the embedded data set [bold]shapes[/], the demonstration of
-    catastrophic overfitting. Add [bold]--der[/] and it stays away. The defaults shown are those of
-    the demonstration; other data sets and methods have their own (see recipe in ebm_at.py).
+    Without options: FGSM training on the embedded data set [bold]shapes[/], the
+    demonstration of catastrophic overfitting. Add [bold]--der[/] and it stays away.
+    The defaults shown are those of the demonstration; other data sets and methods
+    have their own (see recipe in ebm_at.py).
     """
     checkpoint, folder = None, None
-    if resume:
+    if resume is not None:
         given = [k for k, v in settings.items() if v is not None and k != "device"]
         if given or preset or out:
             raise BadInput(
                 "--resume takes every setting from the run; give nothing with it but --device"
             )
-        checkpoint, folder = open_run(resume)
-        config = checkpoint["config"]
+        config, checkpoint, folder = open_run(resume)
         config.device = settings["device"] or config.device
     else:
         config = config_from(settings, preset)
@@ -393,79 +496,107 @@ def train(
     trainer = ebm_at.Trainer(config, data, model, checkpoint)
     if leader and not resume:
         folder = make_run_folder(config, out)
-    display = Display(config, list(trainer.history), quiet or not leader)
-    display.say(
+    display = Display(trainer, quiet or not leader)
+    display.console.say(
         f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
         f" images{f' ({data.note})' * bool(data.note)}, augment {config.augment},"
         f" eps {eps_text(config.eps, config.norm)} ({config.norm}), {config.model},"
         f" {config.epochs} epochs, {trainer.device} {str(trainer.dtype).removeprefix('torch.')},"
         f" {thread_text(config.threads)}, seed {config.seed}"
     )
-    run(trainer, folder if leader else None, display)
-    if leader:
-        report(trainer, folder, display)
+    with resumable(trainer, folder):
+        run(trainer, folder if leader else None, display)
+        if leader:
+            report(trainer, folder, display)
+
+
+def is_leader():
+    """Whether this process speaks for all that torchrun started."""
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
+def config_of(saved, where):
+    """The Config kept in a checkpoint, or in config.json. Raises: RunError."""
+    try:
+        ebm_at.check_parts({"config": saved}, 0)
+        return Config(**saved)
+    except (AttributeError, TypeError) as error:
+        raise RunError(f"'{where}' was made by another version: train it again") from error
 
 
 def open_run(resume):
-    """The checkpoint and the folder of a run that can go on. Raises: RunError."""
+    """Config, checkpoint and folder of a run that can go on; held by this process.
+
+    One that was killed before its first checkpoint (None) starts anew. Raises: RunError.
+    """
     folder = Path(resume)
     if not folder.is_dir():
         raise RunError(f"no run folder '{resume}'")
+    if is_leader():
+        hold(folder / ".lock", folder)
+        for cut_short in folder.glob("*.partial"):  # by the kill that ended the run
+            cut_short.unlink()
     if (folder / "result.json").exists():
         raise RunError(
             f"'{resume}' is finished: see result.json there; start a new run to train longer"
         )
+    begun = folder / "config.json"
+    if not os.path.lexists(folder / "last.pt") and begun.is_file():
+        with contextlib.suppress(ValueError):
+            return config_of(json.loads(begun.read_text(encoding="utf-8")), begun), None, folder
     checkpoint = ebm_at.load_checkpoint(folder / "last.pt")
     if "training" not in checkpoint:
         raise RunError(f"'{folder / 'last.pt'}' holds a model only, not the state of a run")
+    return config_of(checkpoint["config"], resume), checkpoint, folder
+
+
+@contextlib.contextmanager
+def resumable(trainer, folder):
+    """Says, when the run is stopped or its output fails, what is saved and how to go on."""
     try:
-        checkpoint["config"] = Config(**checkpoint["config"])
-    except (KeyError, TypeError) as error:
-        raise RunError(f"'{resume}' was made by another version: not resumed") from error
-    return checkpoint, folder
+        yield
+    except (KeyboardInterrupt, OSError) as error:
+        if not folder or not (folder / "last.pt").exists():
+            raise
+        done = trainer.saved_epoch
+        saved = f"epochs 1 to {done} are" if done else "the start is"
+        command = f"python cli.py train --resume {shlex.quote(str(folder))}"
+        words = f"{saved} saved in {folder / 'last.pt'}; go on with: {command}"
+        raise Stopped(error, words) from None
 
 
 def run(trainer, folder, display):
-    """Trains to the end, showing and saving every epoch; Ctrl-C says how to go on."""
-    try:
-        with display:
-            for record in trainer.run(folder, display.on_progress):
-                if record["kind"] == "alarm":
-                    display.say(f"ALARM  {record['reason']}  ->  {record['action']}")
-                    continue
-                display.add({k: v for k, v in record.items() if k != "kind"})
-                if folder:
-                    write_history(folder, display.rows)
-    except KeyboardInterrupt:
-        if folder:
-            where = (
-                f"epochs 1 to {trainer.saved_epoch} are" if trainer.saved_epoch else "the start is"
-            )
-            print(f"\nstopped: {where} saved in {folder / 'last.pt'}", file=sys.stderr)
-            command = f"python cli.py train --resume {shlex.quote(str(folder))}"
-            print(f"go on with: {command}", file=sys.stderr)
-        raise Stopped from None
+    """Trains to the end, showing and saving every epoch."""
+    with display:
+        for record in trainer.run(folder, display.on_progress):
+            if record["kind"] == "alarm":
+                display.console.say(f"ALARM  {record['reason']}  ->  {record['action']}")
+                continue
+            display.add({k: v for k, v in record.items() if k != "kind"})
+            if folder:
+                write_csv(folder / "history.csv", display.rows, ebm_at.HISTORY)
 
 
-def measure(trainer, folder, n):
+def measure(trainer, folder, n, console):
     """Test measurements, in fp32, of the last and of the best model: two dicts."""
     data, config = trainer.data, trainer.config
     x, y = data.x_test[:n], data.y_test[:n]
-    measured = []
-    for name in ("last.pt", "best.pt"):
-        model, checkpoint = ebm_at.load_model(folder / name, trainer.device)
-        found = ebm_at.evaluate(model, x, y, config.eps, 10, config.norm)
-        measured.append({"epoch": checkpoint["epoch"], **found})
+    text, measured = "measuring the last and the best model", []
+    with Bar(console, text, 2 * 14 * n) as bar:  # per image in evaluate: clean 1, FGSM 2, PGD-10 11 passes
+        for name in ("last.pt", "best.pt"):
+            model, checkpoint = ebm_at.load_model(folder / name, trainer.device)
+            model.register_forward_pre_hook(lambda _, inputs: bar.to(bar.done + len(inputs[0])))
+            found = ebm_at.evaluate(model, x, y, config.eps, 10, config.norm)
+            measured.append({"epoch": checkpoint["epoch"], **found})
     return measured
 
 
 def report(trainer, folder, display):
     """result.json, curves.png and the closing words of a run."""
     config = trainer.config
-    write_history(folder, display.rows)  # a run killed between its last save and here lacks a row
+    write_csv(folder / "history.csv", display.rows, ebm_at.HISTORY)  # if killed after the last save
     n = min(config.test_size or len(trainer.data.x_test), len(trainer.data.x_test))
-    with display.console.status(f"measuring the last and the best model on {n} test images"):
-        last, best = measure(trainer, folder, n)
+    last, best = measure(trainer, folder, n, display.console)
     verdict, reason = trainer.verdict()
     train_seconds = sum(r["seconds"] for r in display.rows)
     probe_seconds = sum(r["probe_seconds"] for r in display.rows)
@@ -483,32 +614,42 @@ def report(trainer, folder, display):
         "threads": torch.get_num_threads(), "processes": ebm_at.world()[1], "versions": versions,
     }  # fmt: skip
     try:
-        write_json(folder / "result.json", result)
         draw_curves(folder, display.rows)
-    except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
-    eps = f"{eps_text(config.eps, config.norm)} ({config.norm})"
-    table = Table(box=rich.box.SIMPLE_HEAD, title=f"test accuracy, {n} images, eps {eps}")
+        write_json(folder / "result.json", result)
+    finally:  # on a full disk, too
+        tell_result(result, folder)
+    say(f"Next: {next_command(config, verdict)}", paste=True)
+
+
+def tell_result(result, folder):
+    """The closing words of a run: a table of the last and the best model, and the verdict."""
+    eps = eps_text(result["attack"]["eps"], result["attack"]["norm"])
+    title = f"test accuracy, {result['attack']['n']} images, eps {eps} ({result['attack']['norm']})"
+    table = Table(box=rich.box.SIMPLE_HEAD, title=title)
     for name in ("model", "epoch", "clean", "FGSM", "PGD-10", "E(x)", "dE(x) PGD"):
         table.add_column(name, justify="right")
-    for name, found in (("last", last), ("best", best)):
+    for name in ("last", "best"):
+        found = result[name]
         table.add_row(
             name, str(found["epoch"]), f"{found['clean_acc']:.1%}", f"{found['fgsm_acc']:.1%}",
             f"{found['pgd_acc']:.1%}", f"{found['energy']:+.2f}",
             f"{found['delta_energy_pgd']:+.2f}",
         )  # fmt: skip
-    console = Console(highlight=False)
+    console, seconds = Terminal(), result["seconds"]
     console.print(table)
-    words = f"{reason}.\n\nTrained {train_seconds:.0f} s, measured {probe_seconds:.0f} s."
-    words += f" Saved in {folder}:"
-    files = ", ".join(sorted(p.name for p in folder.iterdir()))
-    words += f" {files}"
+    words = (f"{result['reason']}.\n\nTrained {seconds['training']:.0f} s, measured"
+             f" {seconds['measuring']:.0f} s. Saved in {folder}: {names_in(folder)}")  # fmt: skip
     if console.is_terminal:
-        colour = "green" if verdict == "healthy" else "red"
-        console.print(Panel(Text(words), title=f"verdict: {verdict}", border_style=colour))
+        colour = "green" if result["verdict"] == "healthy" else "red"
+        text, title = Text(printable(words)), f"verdict: {result['verdict']}"
+        console.print(Panel(text, title=title, border_style=colour))
     else:
-        say(f"verdict: {verdict}\n{words}")
-    say(f"Next: {next_command(config, verdict)}")
+        say(f"verdict: {result['verdict']}\n{words}")
+
+
+def names_in(folder):
+    """The files in a folder, in words."""
+    return ", ".join(sorted(p.name for p in folder.iterdir() if p.name != ".lock"))
 
 
 def device_name(device):
@@ -543,7 +684,7 @@ def options_of(config):
         if same or f.name in idle:
             continue
         option = "--" + f.name.replace("_", "-")
-        text = f"{value * 255:g}/255" if f.name == "eps" else shlex.quote(str(value))
+        text = eps_text(value, wanted.norm, 6) if f.name == "eps" else shlex.quote(str(value))
         words.append(option if value is True else f"{option} {text}")
     return words
 
@@ -704,7 +845,7 @@ def attack(
     check_attack_options(names, limit=limit, steps=steps, queries=queries, restarts=restarts,
                          batch_size=batch_size, seed=seed, split=split,
                          precision=precision)  # fmt: skip
-    for path in (p for p in (save, save_png) if p and Path(p).exists()):
+    for path in (p for p in (save, save_png) if p and os.path.lexists(p)):
         raise RunError(f"'{path}' exists: nothing was touched; name a new one")
     if save and not Path(save).parent.is_dir():
         raise BadInput(f"--save '{save}': there is no folder '{Path(save).parent}'; make it first")
@@ -726,6 +867,10 @@ def attack(
     warnings = [f"The model has {k} logits, '{data.name}' {classes} classes: do they mean the same"
                 " by each label?"] * (k != classes)  # fmt: skip
     folder = claim_folder(out, path.parent if path else "runs", "attack")
+    if save:
+        hold(f"{save}.lock", save)
+    if save_png:
+        claim_folder(save_png, None, None)
     told = {
         "checkpoint": str(path or model_from), "dataset": data.name, "split": split, "n": n,
         "sha256": path and hashlib.sha256(Path(path).read_bytes()).hexdigest(),
@@ -740,9 +885,11 @@ def attack(
         quiet,
     )
     settings = {"queries": queries, "restarts": restarts} | ({"steps": steps} if steps else {})
-    display = AttackDisplay(chosen, settings, quiet)
+    display = AttackDisplay(names == "standard", chosen, settings, n, quiet)
+    scripted = isinstance(model, torch.jit.ScriptModule)  # it takes no hooks: its bar moves less
+    watch = contextlib.nullcontext() if scripted else model.register_forward_pre_hook(display.count)
     try:
-        with display.progress:
+        with display, watch:
             found = ebm_at.robust_accuracy(
                 model, x, y, eps, names, norm, seed=seed, batch_size=batch_size,
                 precision=precision, on_progress=display.on_progress, **settings,
@@ -757,13 +904,12 @@ def attack(
     except (KeyboardInterrupt, Exception) as error:  # a stranger's model may fail at any call
         if not told["complete"]:
             report_attacks(display.rows, told, folder)
-        if isinstance(error, (RunError, torch.OutOfMemoryError)):
-            raise
         done = f"the table above, also in {folder}, is what was done"
-        if not isinstance(error, KeyboardInterrupt):
-            raise RunError(f"{type(error).__name__}: {error}; {done}") from error
-        print(f"\nstopped: {done}", file=sys.stderr)
-        raise Stopped from None
+        if isinstance(error, KeyboardInterrupt):
+            raise Stopped(error, done) from None
+        if isinstance(error, (RunError, OSError, torch.OutOfMemoryError)):
+            raise
+        raise RunError(f"{type(error).__name__}: {error}; {done}") from error
     for warning in warnings:
         say(f"WARNING  {warning}", style="bold red")
 
@@ -822,14 +968,17 @@ def open_model(checkpoint, model_from, dataset, device):
 def find_checkpoint(checkpoint):
     """The file meant by an argument; without one, best.pt of the newest run. Raises: RunError."""
     if checkpoint is None:
-        runs = sorted(Path("runs").glob("*/best.pt"), key=lambda p: p.stat().st_mtime)
+        runs = [p for p in Path("runs").glob("*/best.pt") if p.is_file()]
         if not runs:
             raise RunError(
                 "no run under runs/: train one first (python cli.py train), or name a checkpoint"
             )
-        return runs[-1]
+        return max(runs, key=lambda p: p.stat().st_mtime)
     path = Path(checkpoint)
-    return path / "best.pt" if path.is_dir() else path
+    path = path / "best.pt" if path.is_dir() else path
+    if path.exists() and not path.is_file():
+        raise RunError(f"no checkpoint '{path}' (not a regular file)")  # a pipe is never read to
+    return path
 
 
 def read_state_dict(path):
@@ -881,58 +1030,63 @@ def import_model(spec):
     return model
 
 
-def eps_text(size, norm):
-    """A distance the way the field writes it: 8/255 for l_inf, a plain number for l_2."""
-    return f"{size * 255:.3g}/255" if norm == "linf" else f"{size:.3g}"
+class AttackDisplay(Bar):
+    """Progress of a suite: what runs now, counted in the images that pass through the model."""
 
-
-def say(text, quiet=False, style=None):
-    """A line that stays, however long, in a terminal and in a pipe."""
-    Console(highlight=False, quiet=quiet).print(text, soft_wrap=True, markup=False, style=style)
-
-
-class AttackDisplay:
-    """Progress of a suite: a bar with the time left in a terminal, a line per attack elsewhere."""
-
-    def __init__(self, names, settings, quiet):
-        self.rows, self.quiet, self.told = [], quiet, 1
-        self.console = Console(highlight=False, quiet=quiet)
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
-            disable=quiet or not self.console.is_terminal, transient=True,
-        )  # fmt: skip
-        self.costs = {}  # a guess, in gradients per image: the bar should not lie too much
+    def __init__(self, standing, names, settings, n, quiet):
+        self.standing, self.n = standing, n  # standing: only what still stands is attacked
+        self.rows, self.quiet, self.listed, self.passes = [], quiet, 1, 0.0
+        self.costs = {}  # gradients per image, guessed: until an attack has ended it may be early
         for name in names:
             found = ebm_at.ATTACKS[name]
             options = found.settings | settings
             cost = options["steps"] if "steps" in found.settings else 1
             cost = options["queries"] / 4 if "queries" in found.settings else cost
             self.costs[name] = cost * (4 if found.function is ebm_at.apgd_t else 1)
-        self.task = self.progress.add_task("starting", total=sum(self.costs.values()))
+        self.name, self.goal = names[0], n * sum(self.costs.values())
+        super().__init__(Terminal(quiet=quiet), "attacking", self.goal)
+
+    def count(self, _, inputs):
+        """The model's forward pre-hook; a pass without a gradient takes a quarter of the time."""
+        self.passes += len(inputs[0]) * (1 if torch.is_grad_enabled() else 0.25)
+        self.to(self.passes, self.name, max(self.goal, 1.01 * self.passes))
 
     def on_progress(self, rows, name, done, total):
         self.finish(rows)
         names = list(self.costs)
-        before = sum(self.costs[k] for k in names[: names.index(name)])
-        now = before + self.costs[name] * done / total
-        self.progress.update(self.task, completed=now, description=f"{name} {done}/{total}")
+        later = names[names.index(name) + 1 :]
+        n = self.n * rows[-1]["worst"] if self.standing else self.n
+        ahead = self.costs[name] * (total - done) + n * sum(self.costs[k] for k in later)
+        self.goal = self.passes + ahead
+        self.name = name if done < total or not later else later[0]
 
     def finish(self, rows):
         """Tells of the attacks that have ended since."""
         self.rows = rows
         if not self.console.is_terminal and not self.quiet:
-            for row in rows[self.told :]:
+            for row in rows[self.listed :]:
                 accuracy, worst = f"{row['accuracy']:.1%}", f"{row['worst']:.1%}"
                 print(f"{row['attack']:<13} {row['n']} images, accuracy {accuracy}, worst so far"
                       f" {worst}, {row['seconds']:.1f} s", flush=True)  # fmt: skip
-        self.told = max(self.told, len(rows))
+        self.listed = max(self.listed, len(rows))
 
 
 def report_attacks(rows, told, folder):
-    """The table and the histograms of E(x), then attack.csv and attack.json."""
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=110)
+    """attack.csv and attack.json, the table, and the histograms of E(x)."""
+    told["rows"] = plain = [{k: v for k, v in row.items() if k != "energies"} for row in rows]
+    try:
+        write_csv(folder / "attack.csv", plain, list(plain[0]) if rows else [])
+        write_json(folder / "attack.json", told)
+        if rows:
+            draw_energies(folder, rows)
+    finally:  # on a full disk, too
+        tell_attacks(rows, told, folder)
+
+
+def tell_attacks(rows, told, folder):
+    """The table of a suite, and the histograms of E(x)."""
+    console = Terminal()
+    console = console if console.is_terminal else Terminal(width=110)
     stands = told["suite"] == "standard"
     sees = "gets the n images that still stand" if stands else "gets all images"
     table = Table(
@@ -955,21 +1109,10 @@ def report_attacks(rows, told, folder):
     console.print(table)
     if rows and console.encoding.startswith("utf"):
         console.print(Text(energy_histograms(rows)))
-    told["rows"] = plain = [{k: v for k, v in row.items() if k != "energies"} for row in rows]
-    lines = [",".join(plain[0])] if rows else []
-    for values in (row.values() for row in plain):
-        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
-    try:
-        write_atomically(folder / "attack.csv", "\n".join(lines) + "\n")
-        write_json(folder / "attack.json", told)
-        if rows:
-            draw_energies(folder, rows)
-    except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
     if "robust_acc" in told:
         say(f"clean {told['clean_acc']:.1%}, worst case {told['robust_acc']:.1%}; cost: gradients"
             f" (g) or queries (q) per image. Saved in {folder}: "
-            + ", ".join(sorted(p.name for p in folder.iterdir())))  # fmt: skip
+            + names_in(folder))  # fmt: skip
 
 
 def energy_range(rows):
@@ -1026,13 +1169,9 @@ def save_adversarial(model, found, y, save, save_png):
         from PIL import Image  # torchvision's own requirement
 
         rounded = (x_adv * 255).round().to(torch.uint8)
-        try:
-            Path(save_png).mkdir(parents=True)
-            for i, image in enumerate(rounded.permute(0, 2, 3, 1).cpu().numpy()):
-                name = f"{i:05d}-label-{y[i].item()}{'-fallen' * found['fallen'][i].item()}.png"
-                Image.fromarray(image.squeeze()).save(Path(save_png, name))
-        except OSError as error:
-            raise RunError(f"cannot write to '{save_png}' ({error.strerror})") from error
+        for i, image in enumerate(rounded.permute(0, 2, 3, 1).cpu().numpy()):
+            name = f"{i:05d}-label-{y[i].item()}{'-fallen' * found['fallen'][i].item()}.png"
+            Image.fromarray(image.squeeze()).save(Path(save_png, name))
         before, after = (
             ebm_at.is_right(ebm_at.exact_logits(model, z), y).float().mean().item()
             for z in (x_adv, rounded.to(x_adv) / 255)
@@ -1044,37 +1183,6 @@ def save_adversarial(model, found, y, save, save_png):
 # --------------------------------------------------------------------------------------------------
 # generate
 # --------------------------------------------------------------------------------------------------
-
-
-class Bar:
-    """How far a long piece of work is: a bar in a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, console, text, total):
-        self.console, self.text, self.total = console, text, max(total, 1)
-        self.began = self.told = time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console,
-            transient=True, disable=not console.is_terminal or console.quiet,
-        )  # fmt: skip
-        self.task = self.bar.add_task(text, total=self.total, note="")
-
-    def __enter__(self):
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_):
-        self.bar.stop()
-
-    def to(self, completed, note=""):
-        """`completed` of the total is done; note: in words."""
-        completed, now = min(completed, self.total), time.monotonic()
-        self.bar.update(self.task, completed=completed, note=note)
-        if not self.console.is_terminal and not self.console.quiet and now - self.told > 10:
-            self.told = now
-            left = (now - self.began) * (self.total / max(completed, 1e-9) - 1)
-            print(f"{self.text}: {note or f'{completed / self.total:.0%}'}"
-                  f"  (about {left:.0f} s left)", flush=True)  # fmt: skip
 
 
 class Watch(Bar):
@@ -1096,14 +1204,12 @@ def data_of(checkpoint, dataset=None, data_dir=None):
 
     Returns: its Config, with those two replaced, and Data. Raises: BadInput, RunError.
     """
-    try:
-        config = Config(**checkpoint["config"])
-    except (KeyError, TypeError) as error:
-        raise RunError("the checkpoint was made by another version: train it again") from error
+    config = config_of(checkpoint.get("config"), "the checkpoint")
     use_data(config, dataset, data_dir)
     data = ebm_at.load_data(config.dataset, config.data_dir, config.limit, config.val_fraction)
     trained_on, channels = checkpoint["classes"], checkpoint["spec"]["in_channels"]
-    if data.classes != trained_on or data.x_train.shape[1] != channels:
+    fits = len(trained_on) == checkpoint["spec"]["num_classes"] and data.classes == trained_on
+    if not fits or data.x_train.shape[1] != channels:
         some = ", ".join(trained_on[:4])
         raise BadInput(
             f"the checkpoint was trained on other images than '{data.name}' has ({channels}"
@@ -1121,12 +1227,6 @@ def pick_classes(text, classes):
         k = classes.index(name) if name in classes else int(name)
         picked += [k] if k not in picked else []
     return picked
-
-
-def checksum(data):
-    """A number that changes with the training images and their labels."""
-    labels = zlib.crc32(data.y_train.contiguous().numpy())
-    return zlib.crc32(data.x_train.contiguous().numpy(), labels)
 
 
 def fitted_pca(path, data, components, device):
@@ -1162,11 +1262,7 @@ def make_judge(name, weights, config, data, device, console):
         data = ebm_at.load_data(config.dataset, config.data_dir, 0, config.val_fraction)
     path = Path("runs", "judges", f"{Path(data.name).stem}-{checksum(data):08x}.pt")
     if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"cannot make '{path.parent}' for the judge ({error.strerror})"
-            raise RunError(f"{reason}; go to a folder of your own, or use --no-metrics") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
         settings = ebm_at.recipe(
             config.dataset, "none", model="small", width=32, epochs=5 + 7 * (data.name != "shapes"),
             batch_size=min(128, len(data.x_train)), schedule="triangular", lr=0.2, probe_size=4,
@@ -1415,23 +1511,15 @@ def generate(
 ):  # fmt: skip
     """Make images with a robust classifier, and measure how good and how varied they are.
 
-    Starts near the data (class-wise local PCA), walks down E(x, y) and stops at the energy of real
-    images. Writes grid.png, samples/, energies.csv and report.json.
+    Starts near the data (class-wise local PCA), walks down E(x, y) and stops at the
+    energy of real images. Writes grid.png, samples/, energies.csv and report.json.
     """
     settings = dict(locals())
     check_generate(settings)
     settings["quantile"] = 0.5 if quantile is None else quantile
     path = find_checkpoint(checkpoint)
-    own = bool(out) and Path(out).exists()  # and empty, or claim_folder refuses it
     folder = claim_folder(out, path.parent, "generate")
-    try:
-        paint(path, folder, settings, Console(highlight=False, markup=False, quiet=quiet))
-    except OSError as error:
-        raise RunError(f"cannot write to '{folder}' ({error.strerror})") from error
-    finally:
-        if not own:
-            with contextlib.suppress(OSError):  # goes only if it has stayed empty
-                folder.rmdir()
+    paint(path, folder, settings, Terminal(quiet=quiet))
 
 
 def paint(path, folder, settings, console):
@@ -1441,14 +1529,15 @@ def paint(path, folder, settings, console):
     threads = use_threads(settings["threads"], model.spec["name"])
     config, data = data_of(loaded, settings["dataset"], settings["data_dir"])
     wanted = pick_classes(settings["classes"], data.classes)
+    if n * len(wanted) > 200_000:  # 2.5 GB for each copy, at 3x32x32
+        raise BadInput(f"{n * len(wanted)} images do not fit in memory: at most 200000 at a time")
     if settings["metrics"] and n * len(wanted) < 2:
         raise BadInput("one image cannot be measured: make more (--per-class), or --no-metrics")
     dtype = ebm_at.pick_precision(settings["precision"], device)
-    console.print(f"{path}: {config.method}{' + DER' * config.der} on {data.name}, epoch"
+    console.say(f"{path}: {config.method}{' + DER' * config.der} on {data.name}, epoch"
                   f" {loaded['epoch']}; {n} images of each of {len(wanted)} classes, {device}"
                   f" {str(dtype).removeprefix('torch.')}, {thread_text(threads)},"
-                  f" seed {settings['seed']}",
-                  soft_wrap=True)  # fmt: skip
+                  f" seed {settings['seed']}")  # fmt: skip
     began, batch_size = time.perf_counter(), settings["batch_size"]
     pca = fitted_pca(path.parent / "pca.pt", data, settings["components"], device)
     call = {"dtype": dtype, "batch_size": batch_size}
@@ -1476,19 +1565,17 @@ def paint(path, folder, settings, console):
 
 def check_generate(settings):
     """Refuses options that cannot work before anything long begins. Raises: BadInput."""
-    for name in ("per_class", "batch_size", "candidates"):
-        if settings[name] < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be at least 1, not {settings[name]}")
-    for name in ("steps", "noise", "seed", "temperature", "reference"):
-        if settings[name] < 0:
-            raise BadInput(f"--{name} must not be negative, but is {settings[name]}")
-    for name, least, most in (("mix", 0, 1), ("quantile", 0, 1), ("momentum", 0, 0.999),
-                              ("seed", 0, 2**32 - 1), ("neighbours", 2, math.inf)):  # fmt: skip
-        value = settings[name]
+    for name, least, most in (
+        ("per_class", 1, math.inf), ("batch_size", 1, math.inf), ("candidates", 1, math.inf),
+        ("neighbours", 2, math.inf), ("steps", 0, math.inf), ("reference", 0, math.inf),
+        ("noise", 0, 1e6), ("temperature", 0, 1e6), ("step_size", 0, 1e6), ("components", 0, 1e6),
+        ("mix", 0, 1), ("quantile", 0, 1), ("momentum", 0, 0.999), ("seed", 0, 2**32 - 1),
+    ):  # fmt: skip
+        value, name = settings[name], name.replace("_", "-")
         if value is not None and not least <= value <= most:
-            raise BadInput(f"--{name} must lie in {least} .. {most}, not {value}")
-    if not settings["step_size"] > 0:
-        raise BadInput(f"--step-size must be positive, not {settings['step_size']}")
+            raise BadInput(f"--{name} must lie in {least} .. {most:g}, not {value}")
+    if not settings["step_size"]:
+        raise BadInput("--step-size must be positive, not 0")
     if settings["reference"] == 1:
         raise BadInput("--reference 1: one real image is none to compare with; 0 takes all")
     if settings["quantile"] is not None and settings["stop"] != "quantile":
@@ -1508,12 +1595,11 @@ def make_images(folder, made_of, options, judged, report, data, wanted, console)
     watch = Watch(console, "generating", len(y), options["steps"], filmed)
     try:
         x8, record, row = one_batch(*made_of, options, judged, watch)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if watch.x is None:
             raise  # nothing to keep yet
         labelled_grid(list(to_uint8(watch.x).split(n)), names).save(folder / "unfinished.png")
-        print(f"\nstopped: the images so far are in {folder}/unfinished.png", file=sys.stderr)
-        raise Stopped from None
+        raise Stopped(error, f"the images so far are in {folder}/unfinished.png") from None
     report["generated"] = row
     write_json(folder / "report.json", report)
     rows = x8.split(n)
@@ -1523,8 +1609,7 @@ def make_images(folder, made_of, options, judged, report, data, wanted, console)
         save_film(folder, watch, record["steps"], names)
     shown = [row] + ([report["real"]] if judged else [])
     console.print(metric_table(shown, f"{len(y)} images{of_real(report, len(y))}"))
-    console.print(f"Saved in {folder}: {', '.join(sorted(p.name for p in folder.iterdir()))}",
-                  soft_wrap=True)  # fmt: skip
+    console.say(f"Saved in {folder}: {names_in(folder)}")
 
 
 def of_real(report, n):
@@ -1538,7 +1623,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     y, names = made_of[3], [data.classes[k] for k in wanted]
     n, rows = len(y) // len(wanted), []
     adaptive = "sampled" if options["stop"] == "fixed" else options["stop"]
-    stopped = False
+    stopped = None
     try:
         for init in ebm_at.STARTS:
             for stop in ("fixed", adaptive):
@@ -1549,59 +1634,86 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
                 grid = labelled_grid([r[:10] for r in x8.split(n)], names)
                 (folder / "grids").mkdir(exist_ok=True)
                 grid.save(folder / "grids" / f"{init}-{stop}.png")
-    except KeyboardInterrupt:
-        stopped = True
+    except KeyboardInterrupt as error:
+        stopped = error
     shown = rows + ([report["real"]] if judged else [])
     if stopped and not rows:
-        raise KeyboardInterrupt
+        raise stopped
     report |= {"compared": rows, "complete": not stopped}
     write_json(folder / "report.json", report)
-    keys = max((list(row) for row in shown), key=len, default=[])
-    lines = [",".join(keys)]
-    for row in shown:
-        cells = [row.get(k) for k in keys]
-        cells = ["" if v is None else f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells]
-        lines.append(",".join(c.replace(", ", " ") for c in cells))
-    write_atomically(folder / "compare.csv", "\n".join(lines) + "\n")
+    write_csv(folder / "compare.csv", shown, max((list(row) for row in shown), key=len))
     title = f"{len(y)} images each{of_real(report, len(y))}; {options['steps']} steps or adaptive"
     console.print(metric_table(shown, title))
-    console.print(f"Saved in {folder}: compare.csv, grids/, report.json", soft_wrap=True)
+    console.say(f"Saved in {folder}: compare.csv, grids/, report.json")
     if stopped:
         done = f"{len(rows)} of {2 * len(ebm_at.STARTS)} ways are in {folder}/compare.csv"
-        print(f"\nstopped: {done}", file=sys.stderr)
-        raise Stopped
+        raise Stopped(stopped, done)
 
 
 # --------------------------------------------------------------------------------------------------
 
 
 def main():
-    """Runs the command; every foreseeable error becomes one line on stderr and an exit code."""
-    arguments = sys.argv[1:] or ["--help"]
+    """Runs the command; every foreseeable end becomes one line on stderr and an exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller
+        stream.reconfigure(errors="backslashreplace")  # a name it cannot show must not stop a run
+    arguments, code = sys.argv[1:] or ["--help"], 0
     try:
-        code = app(arguments, standalone_mode=False)
-        if code == 130:  # typer's word for Ctrl-C at a moment that nobody caught
-            fail("stopped; what was saved before stays (train goes on with --resume)", code)
-    except Stopped:
-        code = 130
-    except torch.OutOfMemoryError:
-        code = fail("out of memory on the device: lower --batch-size, or take a smaller model", 1)
-    except (BadInput, RunError) as error:
-        code = fail(error, 2 if isinstance(error, BadInput) else 1)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's own: an unknown option, a missing value
-            raise
-        code = fail(error.format_message(), 2)
+        for before, value in zip(["cli.py", *arguments], arguments):
+            if not value.strip() or (value.startswith("--") and value.endswith("=")):
+                raise BadInput(f"an empty value after '{before}': give one, or leave it out")
+            if value.rpartition("=")[2].lstrip("+-").isdecimal() and len(value.rpartition("=")[2]) > 18:
+                raise BadInput(f"'{value}' is too large a number")
+        command = typer.main.get_command(app)  # called by hand: typer has its own idea of Ctrl-C
+        with HELD, command.make_context("cli.py", arguments) as context:
+            command.invoke(context)
+        print(end="", flush=True)
+    except typer.Exit as end:
+        code = end.exit_code
+    except BaseException as error:
+        line, code = explain(error)
+        # What all processes of torchrun find wrong is said by one; what fails in one, by that one.
+        if is_leader() or not isinstance(error, (BadInput, RunError, KeyboardInterrupt, Stopped)):
+            fail(line, code)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        try:
+            print(end="", flush=True)
+        except OSError:  # said already; without this Python would say it again, its own way
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
+def explain(error):
+    """What ended the program, as one line, and the exit code; raises again what nobody foresaw."""
+    if isinstance(error, Stopped):
+        line, code = explain(error.args[0])
+        return f"{line}: {error.args[1]}", code
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped", 128 + (error.args or (signal.SIGINT,))[0]
+    if isinstance(error, SystemExit):
+        return f"code that was called (--model-from?) ended the program with {error.code!r}", 1
+    if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing value
+        return error.format_message(), 2
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({error})", 2
+    full = isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch on a CPU
+    if full or isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "out of memory: lower --batch-size, or take a smaller model or fewer images", 1
+    if isinstance(error, OSError):
+        name = f"cannot use '{error.filename}'" if error.filename else "the output has ended"
+        return f"{name}: {error.strerror or error}", 1
+    if isinstance(error, (BadInput, RunError)):
+        return str(error), 2 if isinstance(error, BadInput) else 1
+    raise error
+
+
 def fail(reason, code):
-    """One line on stderr; returns the exit code."""
-    print("error: " + " ".join(str(reason).split()), file=sys.stderr)
-    return code
+    """One line on stderr, where somebody listens."""
+    with contextlib.suppress(OSError):
+        line = "error: " * (code < 128) + printable(" ".join(str(reason).split()))
+        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

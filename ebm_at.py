@@ -54,6 +54,7 @@ import dataclasses
 import difflib
 import math
 import os
+import stat
 import time
 import warnings
 import zipfile
@@ -160,6 +161,8 @@ def pick_device(name="auto"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # "meta" computes nothing; others: untried
+            raise NotImplementedError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RunError(f"device '{name}' is not there; try --device cpu") from error
@@ -194,14 +197,19 @@ def autocast(device, dtype):
 
 
 def start_processes(device="auto"):
-    """Joins the processes that torchrun started; does nothing in a process started by hand."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        gpu, rank = torch.cuda.is_available() and device != "cpu", int(os.environ["LOCAL_RANK"])
-        if gpu and (device not in ("auto", "cuda") or rank >= torch.cuda.device_count()):
-            raise RunError("torchrun needs one GPU per process, chosen by --device auto")
+    """Joins what torchrun started; a process started by hand stays alone. Raises: RunError."""
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
+        return
+    gpu, here = torch.cuda.is_available() and device != "cpu", os.environ.get("LOCAL_WORLD_SIZE", 1)
+    try:
+        if gpu and (device not in ("auto", "cuda") or int(here) > torch.cuda.device_count()):
+            raise ValueError("one GPU per process is needed, chosen by --device auto")
         if gpu:
-            torch.cuda.set_device(rank)
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if gpu else "gloo")
+    except (KeyError, ValueError, RuntimeError) as error:  # no torchrun, odd numbers, a port in use
+        hint = f"start with torchrun, or unset WORLD_SIZE ({str(error)[:150]})"
+        raise RunError(f"there are no other processes to join: {hint}") from error
 
 
 def world():
@@ -708,10 +716,10 @@ def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None,
     Raises: BadInput.
     """
     check_choice("model", name, MODELS)
-    if width < 8:
+    if not 8 <= width <= 512:  # 512: 311 M parameters
         # On processors with AVX2 but no AVX-512, torch 2.13's weight gradient of a 1x1, stride-2
         # convolution of fewer channels writes outside its memory: a crash, or worse, none.
-        raise BadInput(f"width must be at least 8, not {width}")
+        raise BadInput(f"width must be at least 8 and at most 512, not {width}")
     layout = {  # widths and depths of the stages, channels and stride of the stem
         "small": ([width, 2 * width, 4 * width, 8 * width], [1] * 4, width, 2),  # .31 M parameters
         "preactresnet18": ([64, 128, 256, 512], [2] * 4, 64, 1),  # 11.17 M
@@ -1977,19 +1985,42 @@ def save_checkpoint(path, checkpoint):
 
     Raises: RunError when it cannot be written; what was at `path` before is still there.
     """
-    partial = f"{path}.partial"
-    if "model" in checkpoint:  # our weights lie channels-last, which safetensors refuses
-        model = {k: v.contiguous() for k, v in checkpoint["model"].items()}
-        checkpoint = {**checkpoint, "model": model}
+    partial = f"{path}.{os.getpid()}.partial"  # each process its own: two may make the same cache
     try:
         torch.save(checkpoint, partial)
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
+        kept = "; the older one is kept" * os.path.isfile(path)
+        raise RunError(f"cannot save '{path}' (disk full or not writable?){kept}") from error
+    finally:
         with contextlib.suppress(OSError):  # where the disk is full, give back what was taken
             os.remove(partial)
-        raise RunError(
-            f"cannot save '{path}' (disk full or not writable?); an older one is kept"
-        ) from error
+
+
+def alike(saved, like):
+    """Whether `saved` has the types of `like` all the way down: in its keys, in its first element."""
+    if isinstance(like, dict):
+        return isinstance(saved, dict) and all(k in saved and alike(saved[k], like[k]) for k in like)
+    if isinstance(like, (list, tuple)):
+        return isinstance(saved, (list, tuple)) and all(alike(v, like[0]) for v in saved if like)
+    return type(saved) in ((int, float) if isinstance(like, float) else (type(like),))
+
+
+def check_parts(checkpoint, size):
+    """Raises an error, of any kind, for odd types and for a network that `size` bytes cannot hold."""
+    usual = {k: v for k, v in vars(Config()).items() if k in checkpoint.get("config", {})}
+    like = {"config": usual, "epoch": 0, "classes": [""], "training": {}}
+    if not alike(checkpoint, {k: v for k, v in like.items() if k in checkpoint}):
+        raise TypeError
+    spec, weights = checkpoint.get("spec"), checkpoint.get("model")
+    if spec is None:  # no network, or one that make_model does not know
+        return
+    stored = sum(v.detach().numpy().nbytes for v in weights.values())  # refuses all but plain ones
+    if max(stored, spec["num_classes"], spec["in_channels"], spec["width"]) > size:
+        raise ValueError
+    with torch.device("meta"):  # shapes without memory, whatever a spec asks for
+        network = make_model(**spec)
+    network.load_state_dict(weights, assign=True)
 
 
 def load_checkpoint(path):
@@ -1999,16 +2030,23 @@ def load_checkpoint(path):
     Raises: RunError when the file is missing, damaged, hostile or not one of ours.
     """
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait for ever
+            raise OSError(0, "not a regular file")
         with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums
-            if archive.testzip():
+            packed = sum(part.file_size for part in archive.infolist()) > status.st_size
+            if packed or archive.testzip():  # torch packs nothing: a small file stays small
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise RunError(f"no checkpoint '{path}'") from error
+        ours = isinstance(checkpoint, dict) and checkpoint.get("format") == "ebm-at 1"
+        if ours:
+            check_parts(checkpoint, status.st_size)
+    except OSError as error:
+        raise RunError(f"no checkpoint '{path}' ({error.strerror or error})") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        message = f"'{path}' is damaged, of torch before 1.6, or not plain tensors: not loaded"
-        raise RunError(message) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "ebm-at 1":
+        kinds = "damaged, of torch before 1.6, not a checkpoint of plain tensors, or they do not fit"
+        raise RunError(f"'{path}' is {kinds} its spec: not loaded") from error
+    if not ours:
         raise RunError(f"'{path}' is not a checkpoint of this project (no format 'ebm-at 1')")
     return checkpoint
 
@@ -2016,14 +2054,13 @@ def load_checkpoint(path):
 def load_model(path, device="cpu"):
     """The model of a checkpoint, in eval mode, and the checkpoint. Raises: RunError."""
     checkpoint = load_checkpoint(path)
-    try:
-        model = make_model(**checkpoint["spec"])
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError, BadInput) as error:
-        raise RunError(
-            f"'{path}' lacks a model of make_model, or its weights do not fit its spec;"
-            " load weights of a network of your own from its ['model']"
-        ) from error
+    if checkpoint.get("spec") is None:
+        hint = "load weights of a network of your own from its ['model']"
+        raise RunError(f"'{path}' lacks a model of make_model; {hint}")
+    model = make_model(**checkpoint["spec"])
+    model.load_state_dict(checkpoint["model"])
+    if not all(v.isfinite().all() for v in model.state_dict().values()):
+        raise RunError(f"'{path}' holds NaN or infinite weights: its training diverged")
     return model.to(device).eval(), checkpoint
 
 
@@ -2035,6 +2072,12 @@ def build_model(config, data):
     with torch.random.fork_rng(devices):  # the caller's random numbers stay as they were
         torch.manual_seed(config.seed)
         return make_model(config.model, len(data.classes), x.shape[1], mean, std, config.width)
+
+
+def checksum(data):
+    """A number that changes with the training images and their labels."""
+    number = zlib.crc32(data.y_train.cpu().contiguous().numpy())
+    return zlib.crc32(data.x_train.cpu().contiguous().numpy(), number)
 
 
 class Trainer:
@@ -2067,14 +2110,9 @@ class Trainer:
         self.verdict_now, self.reason = "at chance", ""  # of the last measurement, the last alarm
         self.history, self.alarms, self.saved_epoch = [], [], 0
         self.best = {"accuracy": -1.0, "epoch": 0, **self.snapshot()}  # under PGD, on validation
+        self.fingerprint = checksum(data)
         if resume:
-            try:
-                self.restore(resume["training"])
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                raise RunError("the checkpoint does not fit this run: not resumed") from error
-            if self.finished and self.epoch < config.epochs:
-                ended = f"that run ended at epoch {self.epoch}"
-                raise BadInput(f"{ended}: start a new one to train longer")
+            self.restore(resume["training"])
 
     def snapshot(self):
         """A copy of all tensors that training changes."""
@@ -2086,9 +2124,29 @@ class Trainer:
             part.load_state_dict(copy.deepcopy(parts[k]))
 
     def restore(self, saved):
-        """Takes up a run where its checkpoint left it."""
-        self.load_snapshot(saved["now"])
-        self.monitor, self.config.der = OverfittingMonitor(**saved["monitor"]), saved["der"]
+        """Takes up a run where its checkpoint left it. Raises: RunError, BadInput."""
+        row = dict.fromkeys(HISTORY, 0.0) | {"epoch": 0, "verdict": ""}
+        alarm = {"verdict": "", "reason": "", "action": "", "der": False}
+        like = self.checkpoint()["training"] | {"history": [row], "alarms": [alarm]}
+        try:
+            epochs = [0, saved["schedule_start"], saved["epoch"], len(saved["history"])]
+            if not alike(saved, like) or epochs != sorted(epochs) or epochs[2] < epochs[3]:
+                raise ValueError
+            for part in (saved["best"], saved["now"]):  # a rescue may ask for the best later on
+                self.load_snapshot(part)
+                for p, kept in self.optimizer.state.items():
+                    kept["momentum_buffer"].view_as(p)
+            self.monitor = OverfittingMonitor(**saved["monitor"])
+            for value in saved["monitor"].values():
+                torch.tensor(value)  # numbers, or lists of numbers
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise RunError("the checkpoint does not fit this run: not resumed") from error
+        if saved["data"] != self.fingerprint:
+            raise RunError("the training images are not those the run began with: not resumed")
+        if saved["finished"] and saved["epoch"] < self.config.epochs and not saved["alarms"]:
+            ended = f"that run ended at epoch {saved['epoch']}"
+            raise BadInput(f"{ended}: start a new one to train longer")
+        self.config.der = saved["der"]
         vars(self).update({k: saved[k] for k in self.RESUMED})
         self.finished = self.finished or self.epoch >= self.config.epochs
         self.saved_epoch = self.epoch
@@ -2099,9 +2157,9 @@ class Trainer:
             "format": "ebm-at 1", "spec": getattr(self.model, "spec", None),
             "classes": self.data.classes,
             "config": dataclasses.asdict(self.config), "epoch": self.epoch,
-            "model": self.judged.state_dict(),
+            "model": {k: v.contiguous() for k, v in self.judged.state_dict().items()},
             "training": {
-                "now": self.snapshot(), "monitor": dataclasses.asdict(self.monitor),
+                "data": self.fingerprint, "now": self.snapshot(), "monitor": dataclasses.asdict(self.monitor),
                 "der": self.config.der, **{k: getattr(self, k) for k in self.RESUMED},
             },
         }  # fmt: skip
@@ -2113,7 +2171,8 @@ class Trainer:
         last = self.checkpoint()
         save_checkpoint(os.path.join(folder, "last.pt"), last)
         best = {k: v for k, v in last.items() if k != "training"}
-        best |= {"epoch": self.best["epoch"], "model": self.best["ema" if self.ema else "model"]}
+        kept = self.best["ema" if self.ema else "model"]
+        best |= {"epoch": self.best["epoch"], "model": {k: v.contiguous() for k, v in kept.items()}}
         save_checkpoint(os.path.join(folder, "best.pt"), best)
         self.saved_epoch = self.epoch
 

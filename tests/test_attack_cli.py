@@ -283,6 +283,19 @@ def test_ctrl_c_while_looking_for_masking_keeps_the_finished_table(place, monkey
     assert [row["attack"] for row in told["rows"]] == ["natural", "fgsm"]
 
 
+def test_a_full_disk_still_prints_the_table(place, monkeypatch, capsys):
+    def full(path, _):
+        raise OSError(28, "No space left on device", str(path))
+
+    import cli
+
+    monkeypatch.setattr(cli, "write_atomically", full)
+    options = ["--attacks", "fgsm", "--out", place / "disk"]
+    code, out, err = run(place, monkeypatch, capsys, *options, *SMALL)
+    assert code == 1 and " fgsm " in out and "attack.csv': No space left" in err
+    assert not (place / "disk").exists()
+
+
 def test_out_of_memory_is_one_line(place, monkeypatch, capsys):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -318,17 +331,17 @@ BAD = {  # what is wrong: (arguments, exit code, words of the one line on stderr
     "cut short": (["cut.pt"], 1, "damaged"),
     "in the format before torch 1.6": (["ancient.pt"], 1, "torch before 1.6"),
     "square in l2": (["--attacks", "square", "--norm", "l2", "--eps", "1"], 2, "in l2 'square'"),
-    "a pickle that runs code": (["evil.pt"], 1, "or not plain tensors"),
+    "a pickle that runs code": (["evil.pt"], 1, "not a checkpoint of plain tensors"),
     "another project's": (["other.pt"], 1, "not a checkpoint of this project"),
     "another network's weights": (["foreign.pt", "--dataset", "mine.npz"], 1, "none of our"),
     "weights of another width": (["wide.pt"], 1, "do not fit its spec"),
     "weights without data": (["state.pt"], 2, "give --dataset"),
     "grey model, coloured images": (["grey.pt"], 2, "have 3 channels, the model takes 1"),
     "too few classes": (["two.pt"], 2, "but the model has 2 classes"),
-    "NaN weights": (["nan.pt"], 2, "NaN"),
+    "NaN weights": (["nan.pt"], 1, "NaN"),
     "unknown suite": (["--suite", "standrad"], 2, "did you mean 'standard'"),
     "unknown attack": (["--attacks", "fgsm,pdg"], 2, "did you mean 'pgd'"),
-    "no attack": (["--attacks", ""], 2, "unknown attack"),
+    "no attack": (["--attacks", ""], 2, "empty value"),
     "eps without /255": (["--eps", "8"], 2, "such as 8/255"),
     "eps no number": (["--eps", "eight"], 2, "not a number"),
     "eps negative": (["--eps=-1/255"], 2, "eps must be >= 0"),

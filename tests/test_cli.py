@@ -56,7 +56,7 @@ def test_options_are_the_fields_of_config():
     for f in dataclasses.fields(ebm_at.Config):
         assert parameters[f.name].default is None, "None: the recipe decides"
         option = parameters[f.name].annotation.__metadata__[0]
-        assert option.help == f.metadata["note"] and option.rich_help_panel == f.metadata["panel"]
+        assert option.help.startswith(f.metadata["note"]) and option.rich_help_panel == f.metadata["panel"]
 
 
 def test_help_names_every_option(monkeypatch, capsys):
@@ -198,6 +198,10 @@ BAD = [
     ("--no-such-option", 2, "--no-such-option"),
     ("--device cuda:9", 1, "cuda:9"),
     ("--device gpu", 1, "gpu"),
+    ("--device meta", 1, "meta"),
+    ("--width 1000000", 2, "at most 512"),
+    ("--epochs 99999999999999999999", 2, "too large"),
+    ("--out=", 2, "empty value"),
     ("--precision fp8", 2, "precision"),
     ("--out full", 1, "nothing was touched"),
     ("--out plain.txt", 1, "plain.txt"),
@@ -269,14 +273,16 @@ def start(*arguments, cwd):
     )
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, tmp_path):
     options = [*QUICK, "--epochs", "500", "--out", "r"]
     process = start(*options, cwd=tmp_path)
     while "epoch   2/" not in process.stdout.readline():
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
+    process.send_signal(number)  # a second one must not cost what the first is saving
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == code and err.startswith("stopped") and err.count("\n") == 1
     assert "python cli.py train --resume r" in err
     assert ebm_at.load_checkpoint(tmp_path / "r" / "last.pt")["epoch"] >= 2
 
@@ -340,6 +346,95 @@ def test_two_processes_give_the_history_of_one(tmp_path):
             assert float(a[key]) == pytest.approx(float(b[key]), abs=1e-3), key
 
 
+# ------------------------------------------------------------------------- folders, locks and terminals
+
+
+def test_a_run_that_another_process_works_on_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r").mkdir()
+    cli.hold(tmp_path / "r" / ".lock", "r")
+    for option in ("--resume", "--out"):
+        code, _, err = call(monkeypatch, capsys, "train", option, "r")
+        assert code == 1 and "another process works on 'r'" in err and err.count("\n") == 1
+        cli.hold(tmp_path / "r" / ".lock", "r")  # main() has let all go
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cli.make_run_folder(ebm_at.recipe(limit=60, batch_size=20, epochs=1, width=8, probe_size=20,
+                                      test_size=20, device="cpu"), "r")  # fmt: skip
+    cli.HELD.pop_all()
+    assert {p.name for p in (tmp_path / "r").iterdir()} == {".lock", "config.json"}
+    code, _, err = call(monkeypatch, capsys, "train", "--resume", "r", "--quiet")
+    assert (code, err) == (0, "") and (tmp_path / "r" / "result.json").exists()
+
+
+def test_a_run_whose_output_fails_at_once_leaves_nothing(tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.Terminal, "say", broken)
+    code, _, err = call(monkeypatch, capsys, "train", *QUICK)
+    assert code == 1 and err == "error: the output has ended: Broken pipe\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dangling_link_named_runs_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("nowhere")
+    code, _, err = call(monkeypatch, capsys, "train", *QUICK)
+    assert code == 1 and "runs/shapes-fgsm-1" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error, line, code",
+    [
+        (KeyboardInterrupt(15), "stopped", 143),
+        (cli.Stopped(KeyboardInterrupt(), "r is saved"), "stopped: r is saved", 130),
+        (PermissionError(13, "Permission denied", "x.pt"), "'x.pt': Permission denied", 1),
+        (OSError(28, "No space left on device"), "the output has ended", 1),
+        (MemoryError(), "out of memory", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory", 1),
+        (SystemExit(0), "ended the program", 1),
+        (OverflowError("int too large"), "too large", 2),
+    ],
+)
+def test_whatever_ends_the_program_is_one_line_and_a_code(error, line, code):
+    said, found = cli.explain(error)
+    assert line in said and found == code
+
+
+def test_names_cannot_command_the_terminal():
+    assert cli.printable("\x1b]0;a\x07 é\udcff\n") == "\\x1b]0;a\\x07 é\\udcff\n"
+
+
+class Run:
+    """What Display reads of a Trainer: 300 training, 100 validation and 200 test images."""
+
+    class data:
+        y_train, y_val, y_test = range(300), range(100), range(200)
+
+    config = ebm_at.Config(probe_size=40, test_size=0, epochs=10)
+    history = [dict.fromkeys(ebm_at.HISTORY, 1.0) | {"epoch": 100, "verdict": "healthy"}]
+    history[0] |= {"train_loss": 123.456, "delta_energy_fgsm": -123.45, "delta_energy_pgd": 123.45}
+
+
+def test_time_left_counts_the_measuring_at_the_end():
+    Run.history[0] |= {"seconds": 6.0, "probe_seconds": 1.4}  # 40 + 20 + 10 images: .02 s each
+    display = cli.Display(Run, quiet=True)
+    assert display.total == pytest.approx(10 + 2 * 200 * 0.02 / 7.4)
+    assert display.share == pytest.approx(6 / 7.4)
+
+
+def test_the_table_of_a_run_fits_into_80_columns():
+    with open(os.devnull, "w") as nowhere:
+        console = cli.Terminal(width=80, record=True, file=nowhere)
+        console.print(cli.Display(Run, quiet=True).picture())
+    shown = console.export_text()
+    assert all(name in shown for name in cli.Display.COLUMNS) and "…" not in shown
+
+
 # ------------------------------------------------------------------------- the demonstrations themselves
 
 
@@ -383,6 +478,7 @@ def test_a_preset_never_lends_its_l_inf_eps_to_l2():
         (dict(der=True), "CO", "--der --beta 3.0"),
         (dict(der=True), "at chance", "--der --beta 0.75"),
         (dict(data_dir="/my data"), "CO", "--data-dir '/my data' --der"),
+        (dict(norm="l2", eps=0.7), "CO", "--eps 0.7 --norm l2 --der"),
     ],
 )
 def test_next_command_is_one_step_further_and_can_be_pasted(settings, verdict, tries):

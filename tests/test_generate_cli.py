@@ -187,8 +187,8 @@ def test_a_kept_pca_is_used_only_where_it_fits(shop, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--steps", "-1"], "--steps must not be negative"),
-        (["--per-class", "0"], "--per-class must be at least 1"),
+        (["--steps", "-1"], "--steps must lie in 0"),
+        (["--per-class", "0"], "--per-class must lie in 1"),
         (["--neighbours", "31"], "31 neighbours, but class 0 has only"),
         (["--components", "0"], "components"),
         (["--init", "local"], "did you mean 'local-pca'"),

@@ -2,6 +2,7 @@
 
 import builtins
 import os
+import zipfile
 
 import pytest
 import torch
@@ -281,6 +282,48 @@ def test_a_checkpoint_of_ours_with_parts_missing_is_refused(tmp_path):
     ):
         torch.save(broken, path)
         refused(path)
+
+
+def views(shapes):
+    """Tensors of any size over the memory of one number, as a checkpoint can store them."""
+    return {k: torch.zeros((), dtype=v.dtype).expand(v.shape) for k, v in shapes.items()}
+
+
+@pytest.mark.parametrize("what", ["width", "classes", "channels", "views", "config", "names"])
+def test_no_file_gets_more_memory_than_it_holds_or_odd_values_in(what, tmp_path):
+    model, path = make_model("small", width=8), tmp_path / "greedy.pt"
+    whole = checkpoint_of(model)
+    with torch.device("meta"):
+        huge = make_model("small", width=512)
+    odd = {
+        "width": {"spec": huge.spec},
+        "classes": {"spec": model.spec | {"num_classes": 20_000_000}},
+        "channels": {"spec": model.spec | {"in_channels": 10**9}},
+        "views": {"spec": huge.spec, "model": views(huge.state_dict())},
+        "config": {"config": {"eps": "8/255"}},
+        "names": {"classes": ["a", 2]},
+    }
+    torch.save(whole | odd[what], path)
+    refused(path, "not loaded")
+
+
+def test_packed_files_and_pipes_are_refused(tmp_path):
+    save_checkpoint(str(tmp_path / "whole.pt"), checkpoint_of(make_model("small", width=8)))
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+            for part in whole.infolist():
+                packed.writestr(part.filename, b"\0" * 10**6 if "data/" in part.filename
+                                else whole.read(part))  # fmt: skip
+    refused(tmp_path / "packed.pt", "not loaded")
+    os.mkfifo(tmp_path / "pipe.pt")
+    refused(tmp_path / "pipe.pt", "not a regular file")
+
+
+def test_weights_that_are_not_numbers_are_refused(tmp_path):
+    model = make_model("small", width=8)
+    model.head.bias.data[0] = float("nan")
+    save_checkpoint(str(tmp_path / "nan.pt"), checkpoint_of(model))
+    refused(tmp_path / "nan.pt", "NaN")
 
 
 def test_a_flipped_byte_is_never_loaded_as_other_weights(tmp_path):

@@ -393,6 +393,50 @@ def test_rescue_survives_a_resume(data, tmp_path):
 # -------------------------------------------------------------------------------- things that go wrong
 
 
+def test_a_stopped_run_can_be_taken_up_to_be_measured(data, tmp_path):
+    config = ebm_at.recipe(on_overfit="stop", **TINY | dict(epochs=4))
+    list(Collapsing(config, data, ebm_at.build_model(config, data)).run(tmp_path))
+    saved = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    again = Collapsing(config, data, ebm_at.build_model(config, data), saved)
+    assert list(again.run()) == [] and again.verdict()[0] == "CO"
+
+
+def test_a_resume_on_other_images_is_refused(data, tmp_path):
+    config = ebm_at.recipe(**TINY)
+    ebm_at.Trainer(config, data, ebm_at.build_model(config, data)).save(tmp_path)
+    saved = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    other = dataclasses.replace(data, x_train=data.x_train.flip(0))
+    with pytest.raises(ebm_at.RunError, match="training images are not those"):
+        ebm_at.Trainer(config, other, ebm_at.build_model(config, other), saved)
+
+
+@pytest.mark.parametrize(
+    "path, value",
+    [("epoch", "1"), ("history", [{}]), ("best/accuracy", None), ("schedule_start", 5),
+     ("now/optimizer/param_groups", 3), ("now/optimizer/state", {0: {"momentum_buffer": "x"}}),
+     ("best/optimizer/state", {0: {"momentum_buffer": torch.zeros(2)}}), ("monitor/best", [1]),
+     ("monitor/recent", ["x"]), ("alarms", [{"verdict": 1}])],
+)  # fmt: skip
+def test_odd_values_in_a_training_state_are_refused(data, tmp_path, path, value):
+    config = ebm_at.recipe(**TINY)
+    trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+    trainer.save(tmp_path)
+    saved = ebm_at.load_checkpoint(tmp_path / "last.pt")
+    part = saved["training"]
+    *way, last = path.split("/")
+    for name in way:
+        part = part[name]
+    part[last] = value
+    with pytest.raises(ebm_at.RunError, match="does not fit this run"):
+        ebm_at.Trainer(config, data, trainer.model, saved)
+
+
+def test_processes_that_nobody_started_are_a_run_error(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ebm_at.RunError, match="start with torchrun, or unset WORLD_SIZE"):
+        ebm_at.start_processes("cpu")
+
+
 def test_diverging_loss_names_the_step_and_keeps_the_last_good_checkpoint(data, tmp_path):
     config = ebm_at.recipe(**TINY)
     trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))

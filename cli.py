@@ -214,7 +214,7 @@ def make_run_folder(config, out):
     name = f"{Path(config.dataset).stem}-{config.method}{'-der' * config.der}"
     folder = claim_folder(out, "runs", name)
     write_json(folder / "config.json", dataclasses.asdict(config))
-    # A run that fails before its first checkpoint leaves nothing; one that is killed can begin anew.
+    # A run that fails before its first checkpoint leaves nothing; a killed one can begin anew.
     HELD.callback(lambda: (folder / "last.pt").exists() or (folder / "config.json").unlink())
     return folder
 
@@ -248,16 +248,20 @@ def write_csv(path, rows, keys):
     write_atomically(path, "\n".join(lines) + "\n")
 
 
-def draw_curves(folder, rows):
-    """curves.png: accuracies, AAEs, delta energies by epoch. Only where matplotlib is installed."""
+def find_pyplot():
+    """matplotlib.pyplot, drawing into files; None where it is not installed."""
     try:
         import matplotlib
     except ImportError:
-        return
+        return None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from matplotlib.ticker import MaxNLocator
+    return importlib.import_module("matplotlib.pyplot")
 
+
+def draw_curves(folder, rows):
+    """curves.png: accuracies, AAEs, delta energies by epoch. Only where matplotlib is installed."""
+    if not (pyplot := find_pyplot()):
+        return
     epochs = [r["epoch"] for r in rows]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for key, label, style in (
@@ -278,7 +282,7 @@ def draw_curves(folder, rows):
     right.axhline(0, color="grey", linewidth=0.5)
     right.set(xlabel="epoch", ylabel="delta energy E(.) - E(.*), nats")
     for axes in (left, right):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.get_major_locator().set_params(integer=True)
     left.legend()
     right.legend()
     figure.savefig(folder / "curves.png", dpi=120)
@@ -409,8 +413,8 @@ class Display:
         if self.live:
             self.live.update(self.picture())
         elif not self.quiet:
+            self.bar.told = time.monotonic()  # the line below is enough
             self.bar.to(row["epoch"], total=self.total)
-            self.bar.told = time.monotonic()
             cells = zip(self.COLUMNS[1:], self.cells(row)[1:])
             line = "  ".join(f"{n} {v}" for n, v in cells)
             print(f"epoch {row['epoch']:>3}/{self.epochs}  {line}  ({self.bar.left()})", flush=True)
@@ -582,7 +586,7 @@ def measure(trainer, folder, n, console):
     data, config = trainer.data, trainer.config
     x, y = data.x_test[:n], data.y_test[:n]
     text, measured = "measuring the last and the best model", []
-    with Bar(console, text, 2 * 14 * n) as bar:  # per image in evaluate: clean 1, FGSM 2, PGD-10 11 passes
+    with Bar(console, text, 2 * 14 * n) as bar:  # passes of evaluate: clean 1, FGSM 2, PGD-10 11
         for name in ("last.pt", "best.pt"):
             model, checkpoint = ebm_at.load_model(folder / name, trainer.device)
             model.register_forward_pre_hook(lambda _, inputs: bar.to(bar.done + len(inputs[0])))
@@ -684,7 +688,7 @@ def options_of(config):
         if same or f.name in idle:
             continue
         option = "--" + f.name.replace("_", "-")
-        text = eps_text(value, wanted.norm, 6) if f.name == "eps" else shlex.quote(str(value))
+        text = eps_text(value, config.norm, 6) if f.name == "eps" else shlex.quote(str(value))
         words.append(option if value is True else f"{option} {text}")
     return words
 
@@ -1136,13 +1140,8 @@ def energy_histograms(rows, bins=48):
 
 def draw_energies(folder, rows):
     """energies.png: the same histograms, natural images filled. Only where matplotlib is there."""
-    try:
-        import matplotlib
-    except ImportError:
+    if not rows or not (pyplot := find_pyplot()):
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     options = dict(bins=40, range=energy_range(rows), density=True)
     for i, row in enumerate(row for row in rows if len(row["energies"])):
@@ -1232,7 +1231,7 @@ def pick_classes(text, classes):
 def fitted_pca(path, data, components, device):
     """The class-wise PCA of the training images: kept at `path`, or fitted and kept there."""
     key = {"components": components, "n": len(data.y_train), "checksum": checksum(data)}
-    with contextlib.suppress(RunError):
+    with contextlib.suppress(RunError, KeyError, TypeError, AttributeError):  # none, or an odd one
         kept = ebm_at.load_checkpoint(path)
         if kept.get("key") == key:
             parts = {k: v.to(device) if torch.is_tensor(v) else v for k, v in kept["pca"].items()}
@@ -1662,7 +1661,8 @@ def main():
         for before, value in zip(["cli.py", *arguments], arguments):
             if not value.strip() or (value.startswith("--") and value.endswith("=")):
                 raise BadInput(f"an empty value after '{before}': give one, or leave it out")
-            if value.rpartition("=")[2].lstrip("+-").isdecimal() and len(value.rpartition("=")[2]) > 18:
+            digits = value.rpartition("=")[2].lstrip("+-")
+            if digits.isdecimal() and len(digits) > 18:  # no tensor counts so far
                 raise BadInput(f"'{value}' is too large a number")
         command = typer.main.get_command(app)  # called by hand: typer has its own idea of Ctrl-C
         with HELD, command.make_context("cli.py", arguments) as context:
@@ -1674,7 +1674,9 @@ def main():
         line, code = explain(error)
         # What all processes of torchrun find wrong is said by one; what fails in one, by that one.
         if is_leader() or not isinstance(error, (BadInput, RunError, KeyboardInterrupt, Stopped)):
-            fail(line, code)
+            line = "error: " * (code < 128) + printable(" ".join(line.split()))
+            with contextlib.suppress(OSError):  # where nobody listens
+                print(line, file=sys.stderr, flush=True)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -1707,13 +1709,6 @@ def explain(error):
     if isinstance(error, (BadInput, RunError)):
         return str(error), 2 if isinstance(error, BadInput) else 1
     raise error
-
-
-def fail(reason, code):
-    """One line on stderr, where somebody listens."""
-    with contextlib.suppress(OSError):
-        line = "error: " * (code < 128) + printable(" ".join(str(reason).split()))
-        print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1981,10 +1981,7 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
 
 
 def save_checkpoint(path, checkpoint):
-    """Writes a checkpoint under a temporary name and renames it: `path` is whole at every moment.
-
-    Raises: RunError when it cannot be written; what was at `path` before is still there.
-    """
+    """Writes a checkpoint, which is whole at every moment. Raises: RunError; an older one stays."""
     partial = f"{path}.{os.getpid()}.partial"  # each process its own: two may make the same cache
     try:
         torch.save(checkpoint, partial)
@@ -1998,16 +1995,17 @@ def save_checkpoint(path, checkpoint):
 
 
 def alike(saved, like):
-    """Whether `saved` has the types of `like` all the way down: in its keys, in its first element."""
+    """Whether `saved` has the types of `like`, all the way down; lists, those of its first one."""
     if isinstance(like, dict):
-        return isinstance(saved, dict) and all(k in saved and alike(saved[k], like[k]) for k in like)
+        found = isinstance(saved, dict) and like.keys() <= saved.keys()
+        return found and all(alike(saved[k], like[k]) for k in like)
     if isinstance(like, (list, tuple)):
         return isinstance(saved, (list, tuple)) and all(alike(v, like[0]) for v in saved if like)
     return type(saved) in ((int, float) if isinstance(like, float) else (type(like),))
 
 
 def check_parts(checkpoint, size):
-    """Raises an error, of any kind, for odd types and for a network that `size` bytes cannot hold."""
+    """Raises an error of any kind for odd types, or a network that `size` bytes cannot hold."""
     usual = {k: v for k, v in vars(Config()).items() if k in checkpoint.get("config", {})}
     like = {"config": usual, "epoch": 0, "classes": [""], "training": {}}
     if not alike(checkpoint, {k: v for k, v in like.items() if k in checkpoint}):
@@ -2034,8 +2032,8 @@ def load_checkpoint(path):
         if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait for ever
             raise OSError(0, "not a regular file")
         with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums
-            packed = sum(part.file_size for part in archive.infolist()) > status.st_size
-            if packed or archive.testzip():  # torch packs nothing: a small file stays small
+            unpacked = sum(part.file_size for part in archive.infolist())
+            if unpacked > status.st_size or archive.testzip():  # torch packs nothing
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(checkpoint, dict) and checkpoint.get("format") == "ebm-at 1"
@@ -2055,8 +2053,7 @@ def load_model(path, device="cpu"):
     """The model of a checkpoint, in eval mode, and the checkpoint. Raises: RunError."""
     checkpoint = load_checkpoint(path)
     if checkpoint.get("spec") is None:
-        hint = "load weights of a network of your own from its ['model']"
-        raise RunError(f"'{path}' lacks a model of make_model; {hint}")
+        raise RunError(f"'{path}' lacks a model of make_model: load its ['model'] into your own")
     model = make_model(**checkpoint["spec"])
     model.load_state_dict(checkpoint["model"])
     if not all(v.isfinite().all() for v in model.state_dict().values()):
@@ -2130,19 +2127,17 @@ class Trainer:
         like = self.checkpoint()["training"] | {"history": [row], "alarms": [alarm]}
         try:
             epochs = [0, saved["schedule_start"], saved["epoch"], len(saved["history"])]
-            if not alike(saved, like) or epochs != sorted(epochs) or epochs[2] < epochs[3]:
-                raise ValueError
+            fits = alike(saved, like) and epochs == sorted(epochs) and epochs[2] == epochs[3]
             for part in (saved["best"], saved["now"]):  # a rescue may ask for the best later on
                 self.load_snapshot(part)
-                for p, kept in self.optimizer.state.items():
-                    kept["momentum_buffer"].view_as(p)
+                [kept["momentum_buffer"].view_as(p) for p, kept in self.optimizer.state.items()]
             self.monitor = OverfittingMonitor(**saved["monitor"])
-            for value in saved["monitor"].values():
-                torch.tensor(value)  # numbers, or lists of numbers
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise RunError("the checkpoint does not fit this run: not resumed") from error
-        if saved["data"] != self.fingerprint:
-            raise RunError("the training images are not those the run began with: not resumed")
+            [torch.tensor(value) for value in saved["monitor"].values()]  # numbers, lists of them
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            fits = False
+        if not fits or saved["data"] != self.fingerprint:
+            images = "" if not fits else ": the training images are not those it began with"
+            raise RunError(f"the checkpoint does not fit this run{images}; not resumed")
         if saved["finished"] and saved["epoch"] < self.config.epochs and not saved["alarms"]:
             ended = f"that run ended at epoch {saved['epoch']}"
             raise BadInput(f"{ended}: start a new one to train longer")
@@ -2159,8 +2154,9 @@ class Trainer:
             "config": dataclasses.asdict(self.config), "epoch": self.epoch,
             "model": {k: v.contiguous() for k, v in self.judged.state_dict().items()},
             "training": {
-                "data": self.fingerprint, "now": self.snapshot(), "monitor": dataclasses.asdict(self.monitor),
-                "der": self.config.der, **{k: getattr(self, k) for k in self.RESUMED},
+                "now": self.snapshot(), "monitor": dataclasses.asdict(self.monitor),
+                "data": self.fingerprint, "der": self.config.der,
+                **{k: getattr(self, k) for k in self.RESUMED},
             },
         }  # fmt: skip
 
@@ -2783,7 +2779,7 @@ class Inception(nn.Module):
                 state = models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
             self.net.load_state_dict(state)
         except Exception as error:  # no network, no file, a damaged file, other weights
-            reason = " ".join(str(error).split())[:120]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             raise RunError(
                 f"no Inception weights from {weights or 'the download'} ({reason}): give"
                 " inception_v3_google-0cc3c7bd.pth by --inception-weights, or --judge classifier"

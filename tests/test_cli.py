@@ -56,7 +56,8 @@ def test_options_are_the_fields_of_config():
     for f in dataclasses.fields(ebm_at.Config):
         assert parameters[f.name].default is None, "None: the recipe decides"
         option = parameters[f.name].annotation.__metadata__[0]
-        assert option.help.startswith(f.metadata["note"]) and option.rich_help_panel == f.metadata["panel"]
+        assert option.help.startswith(f.metadata["note"])
+        assert option.rich_help_panel == f.metadata["panel"]
 
 
 def test_help_names_every_option(monkeypatch, capsys):
@@ -346,7 +347,7 @@ def test_two_processes_give_the_history_of_one(tmp_path):
             assert float(a[key]) == pytest.approx(float(b[key]), abs=1e-3), key
 
 
-# ------------------------------------------------------------------------- folders, locks and terminals
+# ---------------------------------------------------------------------- folders, locks, terminals
 
 
 def test_a_run_that_another_process_works_on_is_refused(tmp_path, monkeypatch, capsys):

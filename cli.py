@@ -400,6 +400,7 @@ class Display:
         if self.rows:
             train, probe = self.rows[-1]["seconds"], self.rows[-1]["probe_seconds"]
         final = probe / probed * 2 * min(config.test_size or test, test)  # of last and of best
+        final *= 1 + (self.trainer.dtype == torch.bfloat16)  # they are measured in fp32
         self.share, self.total = train / (train + probe), self.epochs + final / (train + probe)
 
     def on_progress(self, epoch, step, steps):
@@ -642,7 +643,7 @@ def tell_result(result, folder):
     console, seconds = Terminal(), result["seconds"]
     console.print(table)
     words = (f"{result['reason']}.\n\nTrained {seconds['training']:.0f} s, measured"
-             f" {seconds['measuring']:.0f} s. Saved in {folder}: {names_in(folder)}")  # fmt: skip
+             f" {seconds['measuring']:.0f} s. {saved_in(folder)}")  # fmt: skip
     if console.is_terminal:
         colour = "green" if result["verdict"] == "healthy" else "red"
         text, title = Text(printable(words)), f"verdict: {result['verdict']}"
@@ -651,9 +652,10 @@ def tell_result(result, folder):
         say(f"verdict: {result['verdict']}\n{words}")
 
 
-def names_in(folder):
-    """The files in a folder, in words."""
-    return ", ".join(sorted(p.name for p in folder.iterdir() if p.name != ".lock"))
+def saved_in(folder):
+    """What lies in a folder, in words."""
+    names = sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+    return f"Saved in {folder}: {', '.join(names)}" if names else f"Nothing is saved in {folder}"
 
 
 def device_name(device):
@@ -1115,8 +1117,7 @@ def tell_attacks(rows, told, folder):
         console.print(Text(energy_histograms(rows)))
     if "robust_acc" in told:
         say(f"clean {told['clean_acc']:.1%}, worst case {told['robust_acc']:.1%}; cost: gradients"
-            f" (g) or queries (q) per image. Saved in {folder}: "
-            + names_in(folder))  # fmt: skip
+            f" (g) or queries (q) per image. {saved_in(folder)}")  # fmt: skip
 
 
 def energy_range(rows):
@@ -1608,7 +1609,7 @@ def make_images(folder, made_of, options, judged, report, data, wanted, console)
         save_film(folder, watch, record["steps"], names)
     shown = [row] + ([report["real"]] if judged else [])
     console.print(metric_table(shown, f"{len(y)} images{of_real(report, len(y))}"))
-    console.say(f"Saved in {folder}: {names_in(folder)}")
+    console.say(saved_in(folder))
 
 
 def of_real(report, n):

@@ -416,7 +416,7 @@ class Run:
     class data:
         y_train, y_val, y_test = range(300), range(100), range(200)
 
-    config = ebm_at.Config(probe_size=40, test_size=0, epochs=10)
+    config, dtype = ebm_at.Config(probe_size=40, test_size=0, epochs=10), torch.float32
     history = [dict.fromkeys(ebm_at.HISTORY, 1.0) | {"epoch": 100, "verdict": "healthy"}]
     history[0] |= {"train_loss": 123.456, "delta_energy_fgsm": -123.45, "delta_energy_pgd": 123.45}
 

@@ -215,7 +215,7 @@ def make_run_folder(config, out):
     folder = claim_folder(out, "runs", name)
     write_json(folder / "config.json", dataclasses.asdict(config))
     # A run that fails before its first checkpoint leaves nothing; a killed one can begin anew.
-    HELD.callback(lambda: (folder / "last.pt").exists() or (folder / "config.json").unlink())
+    HELD.callback(lambda: (folder / "last.pt").exists() or (folder / "config.json").unlink(True))
     return folder
 
 
@@ -1663,7 +1663,7 @@ def main():
             if not value.strip() or (value.startswith("--") and value.endswith("=")):
                 raise BadInput(f"an empty value after '{before}': give one, or leave it out")
             digits = value.rpartition("=")[2].lstrip("+-")
-            if digits.isdecimal() and len(digits) > 18:  # no tensor counts so far
+            if digits.isdecimal() and len(digits) > 19:  # no tensor counts so far
                 raise BadInput(f"'{value}' is too large a number")
         command = typer.main.get_command(app)  # called by hand: typer has its own idea of Ctrl-C
         with HELD, command.make_context("cli.py", arguments) as context:

@@ -759,13 +759,8 @@ def read_run(run):
 
 def draw_comparison(picture, groups):
     """PGD test error and the share of AAEs, and both delta energies, where training attacks."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise RunError("--picture needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    if not (pyplot := find_pyplot()):
+        raise RunError("--picture needs matplotlib: pip install matplotlib")
     figure, panels = pyplot.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
     curves = (
         ("pgd_acc", 100, "PGD-10 accuracy on test (%)"),

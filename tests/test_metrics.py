@@ -248,5 +248,5 @@ def test_inception_without_weights_says_in_one_line_what_to_do(tmp_path, monkeyp
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
     weights = ebm_at.import_torchvision().models.Inception_V3_Weights
     monkeypatch.setattr(weights, "get_state_dict", no_network)
-    with pytest.raises(RunError, match=r"download \(no route to host\)"):
+    with pytest.raises(RunError, match=r"download \(OSError: no route to host\)"):
         ebm_at.Inception()

@@ -16,6 +16,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # so that `import ebm_at` works from inside tutorials/
 SHORT = os.environ.get("EBM_AT_SHORT") == "1"  # the tests' mode: fewer epochs, fewer images
+torch.set_num_threads(1)  # two threads on so small a network mostly wait for each other
 
 # Okabe and Ito's palette: told apart by colour-blind readers too. Markers differ as well.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]

@@ -487,6 +487,13 @@ def test_next_command_is_one_step_further_and_can_be_pasted(settings, verdict, t
     assert command == f"python cli.py train {tries}"
 
 
+def test_a_network_too_narrow_for_some_processors_is_refused(tmp_path):
+    """In a process of its own: on AVX2 torch's kernel for it writes outside its memory."""
+    done = run("--width", 4, "--precision", "fp32", "--limit", 60, cwd=tmp_path)
+    assert done.returncode == 2 and "width must be at least 8" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------- compare
 
 

@@ -3,7 +3,7 @@
     python tutorials/alarms.py        # all single-step logs and PGD's in results/train/
 
 Every rule sees a run as it happens: it may use no later epoch. A run COLLAPSED if PGD-10 accuracy on
-test images ended below half of its best, or below the 10% of one answer for all; the collapse is the
+test images ended below 60% of its best, or below the 10% of one answer for all; the collapse is the
 first epoch, after the three in which eps grows, from which on it stayed there. Logs older than the free statistics (no share of AAEs) count for rules that need none.
 """
 
@@ -27,7 +27,7 @@ def collapse(rows):
     best, since = 0.0, None
     for row in rows:
         best = max(best, row["pgd_acc"])
-        sound = row["pgd_acc"] >= max(0.5 * best, 0.1) or row["epoch"] <= 3
+        sound = row["pgd_acc"] >= max(0.6 * best, 0.1) or row["epoch"] <= 3
         since = None if sound else since or row["epoch"]
     return since
 

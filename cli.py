@@ -1449,6 +1449,7 @@ def one_batch(model, pca, energies, y, options, reference, watch):
               for i, name in enumerate(("at_cap", "at_target", "diverged"))}  # fmt: skip
     row = {"name": f"{options['init']}, {options['stop']}", "n": len(y), "seconds": seconds}
     row |= {"steps": record["steps"].float().mean().item(), **counts}
+    row["no_step"] = int((record["steps"] == 0).sum())
     for key in ("energy_start", "energy_end"):
         row[key] = record[key].nanmean().item()
     return x8, record, row | (reference.of(x8, y) if reference else {})
@@ -1493,7 +1494,7 @@ def generate(
     ] = "classifier",
     inception_weights: Annotated[str, typer.Option(help="file; default: downloaded")] = "",
     reference: Annotated[int, typer.Option(help="real images judged per split; 0: all")] = 10_000,
-    compare: Annotated[bool, typer.Option("--compare", help="each start, fixed, adaptive")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="starts, stops, controls")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="film walks: trace/, trace.gif")] = False,
     dataset: Annotated[Optional[str], typer.Option(help="default: the checkpoint's")] = None,
     data_dir: Annotated[Optional[str], typer.Option(help="default: the checkpoint's")] = None,
@@ -1604,6 +1605,7 @@ def make_images(folder, made_of, options, judged, report, data, wanted, console)
         save_film(folder, watch, record["steps"], names)
     shown = [row] + ([report["real"]] if judged else [])
     console.print(metric_table(shown, f"{len(y)} images{of_real(report, len(y))}"))
+    console.say(f"{row['no_step']} of {len(y)} images took no step: they are their starts.")
     console.say(saved_in(folder))
 
 
@@ -1614,21 +1616,29 @@ def of_real(report, n):
 
 
 def compare_starts(folder, made_of, options, judged, report, data, wanted, console):
-    """Every start, with fixed steps and with adaptive stopping: compare.csv, grids/, one table."""
+    """Every start, walked for fixed steps, stopped by energy, and not at all: compare.csv, grids/.
+
+    Zero steps are the control: what they show is the start's doing, chosen by the network among the
+    candidates; with one candidate the network is never asked.
+    """
     y, names = made_of[3], [data.classes[k] for k in wanted]
     n, rows = len(y) // len(wanted), []
     adaptive = "sampled" if options["stop"] == "fixed" else options["stop"]
+    ways = {"fixed": {"stop": "fixed"}, adaptive: {"stop": adaptive},
+            "zero steps": {"stop": adaptive, "steps": 0},
+            "zero steps, one candidate": {"stop": adaptive, "steps": 0, "candidates": 1}}  # fmt: skip
     stopped = None
     try:
         for init in ebm_at.STARTS:
-            for stop in ("fixed", adaptive):
-                chosen = options | {"init": init, "stop": stop}
-                watch = Watch(console, f"{init}, {stop}", len(y), options["steps"])
+            for way, change in ways.items():
+                watch = Watch(console, f"{init}, {way}", len(y), options["steps"])
+                chosen = options | {"init": init} | change
                 x8, _, row = one_batch(*made_of, chosen, judged, watch)
-                rows.append(row)
+                rows.append(row | {"name": f"{init}, {way}"})
                 grid = labelled_grid([r[:10] for r in x8.split(n)], names)
                 (folder / "grids").mkdir(exist_ok=True)
-                grid.save(folder / "grids" / f"{init}-{stop}.png")
+                file = f"{init}-{way}".replace(",", "").replace(" ", "-")
+                grid.save(folder / "grids" / f"{file}.png")
     except KeyboardInterrupt as error:
         stopped = error
     shown = rows + ([report["real"]] if judged else [])
@@ -1641,7 +1651,7 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     console.print(metric_table(shown, title))
     console.say(f"Saved in {folder}: compare.csv, grids/, report.json")
     if stopped:
-        done = f"{len(rows)} of {2 * len(ebm_at.STARTS)} ways are in {folder}/compare.csv"
+        done = f"{len(rows)} of {4 * len(ebm_at.STARTS)} ways are in {folder}/compare.csv"
         raise Stopped(stopped, done)
 
 

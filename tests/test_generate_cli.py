@@ -153,11 +153,13 @@ def test_compare_tells_every_start_fixed_and_adaptive(monkeypatch, capsys, shop,
     assert code == 0
     with open(tmp_path / "g" / "compare.csv", newline="") as file:
         rows = {r["name"]: r for r in csv.DictReader(file)}
-    wanted = {f"{i} {s}" for i in ebm_at.STARTS for s in ("fixed", "sampled")} | {"real images"}
+    ways = ("fixed", "sampled", "zero steps", "zero steps one candidate")  # the last two: controls
+    wanted = {f"{i} {way}" for i in ebm_at.STARTS for way in ways} | {"real images"}
     assert set(rows) == wanted and all(name.split()[0] in out for name in wanted)
     assert all(r["n"] == "8" and float(r["fd"]) >= 0 for r in rows.values())
     assert all(rows[n]["steps"] == "3" for n in wanted if n.endswith("fixed"))
-    assert len(pngs(tmp_path / "g" / "grids")) == 10
+    assert all(rows[n]["no_step"] == "8" for n in wanted if "zero" in n)
+    assert len(pngs(tmp_path / "g" / "grids")) == 20
 
 
 def test_the_default_folder_is_the_next_free_one_beside_the_checkpoint(monkeypatch, capsys, shop):
@@ -258,7 +260,7 @@ def test_ctrl_c_at_any_moment_says_what_there_is(monkeypatch, capsys, shop, tmp_
     assert code == 130 and "stopped" in err and "Traceback" not in err
     assert (tmp_path / "g").exists() == bool(kept)
     if kept:
-        assert "1 of 10 ways" in err and kept <= {p.name for p in (tmp_path / "g").iterdir()}
+        assert "1 of 20 ways" in err and kept <= {p.name for p in (tmp_path / "g").iterdir()}
         assert json.loads((tmp_path / "g/report.json").read_text())["complete"] is False
 
 

@@ -604,6 +604,7 @@ class Trainer:
             raise BadInput(f"{ended}: start a new one to train longer")
         self.config.der = saved["der"]
         vars(self).update({k: saved[k] for k in self.RESUMED})
+        self.config.der_from *= not self.schedule_start  # a rescue has switched DER on at once
         self.finished = self.finished or self.epoch >= self.config.epochs
         self.saved_epoch = self.epoch
 

@@ -1239,15 +1239,12 @@ def fitted_pca(path, data, components, device):
     return pca
 
 
-def make_judge(name, weights, config, data, device, console):
+def make_judge(name, config, data, device, console):
     """A network that did not make the images, and what it is, in words. See --judge."""
-    if name == "inception":
-        words = f"torchvision Inception-v3, {weights or 'IMAGENET1K_V1'}, images resized to 299"
-        return ebm_at.Inception(weights).to(device).eval(), words + ", bilinear, antialiased"
     if name != "classifier":
         if not Path(name).exists():
             kind = "judge, and no checkpoint either,"
-            ebm_at.check_choice(kind, name, ["classifier", "inception"])
+            ebm_at.check_choice(kind, name, ["classifier"])
         judge, checkpoint = ebm_at.load_model(find_checkpoint(name), device)
         channels = checkpoint["spec"]["in_channels"]
         if checkpoint["classes"] != data.classes or channels != data.x_train.shape[1]:
@@ -1277,7 +1274,6 @@ class Reference:
 
     def __init__(self, judge, words, data, classes, most, device, console, batch_size):
         self.judge, self.batch_size = judge, batch_size
-        self.knows_classes = not isinstance(judge, ebm_at.Inception)  # it knows ImageNet's
 
         # memory: per split `most` images (all of them: 0) as uint8, and their features
         def real(split):  # rows of the wanted classes, and the (images, labels) to be judged
@@ -1297,14 +1293,14 @@ class Reference:
             self.test, self.p = ebm_at.judge_images(
                 judge, self.x, batch_size, lambda done: bar.to(n + done)
             )
-        right = ebm_at.class_agreement(self.p, self.y) if self.knows_classes else None
+        right = ebm_at.class_agreement(self.p, self.y)
         self.words = {
             "judge": words, "judge_test_accuracy": right,
             "reference": f"{len(self.x)} test images",
             "neighbours_among_train_images": {"pixels": len(self.rows), "features": n},
         }  # fmt: skip
         chance = data.y_test.bincount().max().item() / len(data.y_test)  # the commonest class
-        if right is not None and right < (1 + chance) / 2:  # nearer to guessing than to knowing
+        if right < (1 + chance) / 2:  # nearer to guessing than to knowing
             self.words["warning"] = (f"the judge knows only {right:.1%} of the real test images"
                                      f" (guessing: {chance:.1%}): FD, IS and class say little;"
                                      " name a better one with --judge RUN")  # fmt: skip
@@ -1326,7 +1322,7 @@ class Reference:
             part = ebm_at.as_pixels(self.x_train[rows].to(made.device)).flatten(1)
             pixels = pixels.minimum(ebm_at.nearest_distance(made, part)[0])
         deep, _ = ebm_at.nearest_distance(features, self.train)
-        agreement = ebm_at.class_agreement(p, y) if self.knows_classes else None
+        agreement = ebm_at.class_agreement(p, y)
         return {"is": score[0], "is_std": score[1], "agreement": agreement,
                 "nearest_pixels": pixels.median().item(), "nearest_pixels_min": pixels.min().item(),
                 "nearest_features": deep.median().item()}  # fmt: skip
@@ -1415,6 +1411,15 @@ def save_samples(folder, x8, y, record, classes):
     write_atomically(folder / "energies.csv", "\n".join(lines) + "\n")
 
 
+def save_real(folder, data, classes, n):
+    """real/, a flat folder of at most n test images of the classes, for FID tools to compare with."""
+    rows = torch.isin(data.y_test, torch.tensor(classes)).nonzero().squeeze(1)
+    rows = rows[ebm_at.stratified(data.y_test[rows], min(n, len(rows)), 0)]
+    (folder / "real").mkdir()
+    for i, row in enumerate(rows.tolist()):
+        picture(data.x_test[row], 1).save(folder / "real" / f"{i:05d}.png")
+
+
 METRIC_COLUMNS = {  # key of a row: how the table calls it, how it is printed
     "seconds": ("s", "{:.1f}"), "steps": ("steps", "{:.1f}"), "fd": ("FD", "{:.2f}"),
     "is": ("IS", "{:.2f}"), "precision": ("prec", "{:.2f}"), "recall": ("rec", "{:.2f}"),
@@ -1490,9 +1495,11 @@ def generate(
     ] = None,
     metrics: Annotated[bool, typer.Option(help="measure the images")] = True,
     judge: Annotated[
-        str, typer.Option(help="classifier (trained once on these data), a checkpoint, inception")
+        str, typer.Option(help="classifier (trained once on these data), or a checkpoint")
     ] = "classifier",
-    inception_weights: Annotated[str, typer.Option(help="file; default: downloaded")] = "",
+    save_real: Annotated[
+        bool, typer.Option("--save-real", help="as many real test images in real/, for FID tools")
+    ] = False,
     reference: Annotated[int, typer.Option(help="real images judged per split; 0: all")] = 10_000,
     compare: Annotated[bool, typer.Option("--compare", help="starts, stops, controls")] = False,
     trace: Annotated[bool, typer.Option("--trace", help="film walks: trace/, trace.gif")] = False,
@@ -1551,8 +1558,8 @@ def paint(path, folder, settings, console):
               "threads": threads, "torch": torch.__version__}  # fmt: skip
     judged = None
     if settings["metrics"]:
-        weights, most = settings["inception_weights"], settings["reference"]
-        judge, words = make_judge(settings["judge"], weights, config, data, device, console)
+        most = settings["reference"]
+        judge, words = make_judge(settings["judge"], config, data, device, console)
         judged = Reference(judge, words, data, wanted, most, device, console, batch_size)
         report |= judged.words | {"real": {"name": "real images", **judged.of_real(len(y))}}
     make = compare_starts if settings["compare"] else make_images
@@ -1601,6 +1608,8 @@ def make_images(folder, made_of, options, judged, report, data, wanted, console)
     rows = x8.split(n)
     labelled_grid([r[:10] for r in rows], names).save(folder / "grid.png")
     save_samples(folder, x8, y, record, data.classes)
+    if report["settings"]["save_real"]:
+        save_real(folder, data, wanted, len(y))
     if filmed:
         save_film(folder, watch, record["steps"], names)
     shown = [row] + ([report["real"]] if judged else [])

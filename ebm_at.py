@@ -2421,38 +2421,6 @@ def judge_images(judge, x, batch_size=500, on_progress=None):
     return torch.cat(features), torch.cat(probabilities)
 
 
-class Inception(nn.Module):
-    """torchvision's ImageNet Inception-v3 for images in [0, 1] of any size: (N, C, H, W) -> logits.
-
-    Features are its 2048 pool activations. Resized to 299 x 299, bilinear with antialiasing; grey
-    becomes RGB. The published FID uses TensorFlow's weights and resizing: numbers differ from it.
-    """
-
-    def __init__(self, weights=""):
-        """weights: a file with torchvision's state_dict, or "" to download it. Raises: RunError."""
-        super().__init__()
-        models = import_torchvision().models
-        self.net = models.inception_v3(weights=None, init_weights=False, transform_input=False)
-        try:
-            if weights:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
-            else:
-                state = models.Inception_V3_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-            self.net.load_state_dict(state)
-        except Exception as error:  # no network, no file, a damaged file, other weights
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            raise RunError(
-                f"no Inception weights from {weights or 'the download'} ({reason}): give"
-                " inception_v3_google-0cc3c7bd.pth by --inception-weights, or --judge classifier"
-            ) from error
-
-    def forward(self, x):
-        """Images (N, C, H, W) in [0, 1] -> ImageNet's logits (N, 1000)."""
-        x = x.expand(-1, 3, -1, -1)
-        x = F.interpolate(x, (299, 299), mode="bilinear", antialias=True, align_corners=False)
-        return self.net(2 * x - 1)
-
-
 def inception_score(probabilities, splits=10):
     """(E34) IS = exp(mean_x KL(p(y|x) || p(y))), p(y) = mean_x p(y|x): from 1 to K, high is good.
 

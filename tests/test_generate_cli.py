@@ -162,6 +162,13 @@ def test_compare_tells_every_start_fixed_and_adaptive(monkeypatch, capsys, shop,
     assert len(pngs(tmp_path / "g" / "grids")) == 20
 
 
+def test_save_real_lays_as_many_test_images_beside_the_samples(monkeypatch, capsys, shop, tmp_path):
+    code, *_ = generate(monkeypatch, capsys, shop, "--save-real", "--no-metrics", "--out", tmp_path / "g")
+    made, real = (sorted((tmp_path / "g" / d).iterdir()) for d in ("samples", "real"))
+    assert code == 0 and 0 < len(real) <= len(made)
+    assert all(p.is_file() and p.suffix == ".png" for p in made + real), "flat, nothing but pictures"
+
+
 def test_the_default_folder_is_the_next_free_one_beside_the_checkpoint(monkeypatch, capsys, shop):
     for n in (1, 2):
         assert generate(monkeypatch, capsys, shop, "runs/a", "--no-metrics", "--quiet")[0] == 0
@@ -272,7 +279,6 @@ def test_run_time_errors_are_one_line_and_exit_1(monkeypatch, capsys, shop, tmp_
         (["nowhere.pt"], "no checkpoint 'nowhere.pt'"),
         (["runs/a/pca.pt"], "lacks a model"),
         (["--dataset", "missing.npz"], "no file"),
-        (["--judge", "inception", "--inception-weights", "none.pth"], "--inception-weights"),
         (["--device", "cuda:9"], "--device cpu"),
     ):
         arguments = [*arguments, *FEW[:-2], *(["--device", "cpu"] if "--device" not in arguments

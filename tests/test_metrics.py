@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-import torch.nn as nn
 
 import ebm_at
-from ebm_at import BadInput, RunError
+from ebm_at import BadInput
 
 
 def with_moments(n, mean, cov, seed=0):
@@ -218,35 +217,3 @@ def test_any_of_our_models_can_judge(name, width):
     features, p = ebm_at.judge_images(model, x)
     assert features.shape == (2, width)
     torch.testing.assert_close(model.head(features).softmax(1).detach(), p)
-
-
-def test_inception_from_a_file_of_random_weights(tmp_path):
-    net = ebm_at.import_torchvision().models.inception_v3(
-        weights=None, init_weights=False, transform_input=False
-    )
-    torch.save(net.state_dict(), tmp_path / "w.pth")
-    judge = ebm_at.Inception(str(tmp_path / "w.pth"))
-    x = torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    features, p = ebm_at.judge_images(judge, x)
-    assert features.shape == (2, 2048) and p.shape == (2, 1000)
-    large = nn.functional.interpolate(x.expand(-1, 3, -1, -1), (299, 299), mode="bilinear",
-                                      antialias=True)  # fmt: skip
-    with torch.no_grad():
-        torch.testing.assert_close(net.eval()(2 * large - 1).softmax(1), p)
-
-
-def test_inception_without_weights_says_in_one_line_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(RunError, match="--inception-weights"):
-        ebm_at.Inception(str(tmp_path / "none.pth"))
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(RunError, match="other.pth"):
-        ebm_at.Inception(str(tmp_path / "other.pth"))
-
-    def no_network(*_, **__):
-        raise OSError("no route to host")
-
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    weights = ebm_at.import_torchvision().models.Inception_V3_Weights
-    monkeypatch.setattr(weights, "get_state_dict", no_network)
-    with pytest.raises(RunError, match=r"download \(OSError: no route to host\)"):
-        ebm_at.Inception()

@@ -599,6 +599,7 @@ def measure(trainer, folder, n, console):
 def report(trainer, folder, display):
     """result.json, curves.png and the closing words of a run."""
     config = trainer.config
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # before a rescue
     write_csv(folder / "history.csv", display.rows, ebm_at.HISTORY)  # if killed after the last save
     n = min(config.test_size or len(trainer.data.x_test), len(trainer.data.x_test))
     last, best = measure(trainer, folder, n, display.console)
@@ -614,7 +615,7 @@ def report(trainer, folder, display):
         "verdict": verdict, "reason": reason, "alarms": trainer.alarms,
         "best": best, "last": last, "attack": attack,
         "seconds": {"training": train_seconds, "measuring": probe_seconds},
-        "settings": dataclasses.asdict(config), "device": device_name(trainer.device),
+        "settings": settings, "device": device_name(trainer.device),
         "precision": str(trainer.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(), "processes": ebm_at.world()[1], "versions": versions,
     }  # fmt: skip
@@ -677,8 +678,9 @@ def next_command(config, verdict):
 
 def options_of(config):
     """The options of train that give this Config: what differs from the recipe's, as words."""
-    usual = ebm_at.recipe(config.dataset, config.method, epochs=config.epochs)
-    usual.epochs = ebm_at.recipe(config.dataset, config.method).epochs
+    asked = {k: getattr(config, k) for k in ("epochs", "norm", "model", "grad_align", "awp")}
+    usual = ebm_at.recipe(config.dataset, config.method, **asked)  # others depend on these five
+    vars(usual).update({k: getattr(ebm_at.recipe(config.dataset, config.method), k) for k in asked})
     if os.path.abspath(usual.data_dir) == os.path.abspath(config.data_dir):
         usual.data_dir = config.data_dir  # the same folder, however it is written
     idle = ["threads"] if config.threads == 1 and config.model == "small" else []
@@ -716,7 +718,9 @@ def compare(
     groups = {}  # by what is not shared by all
     for (result, rows), words in zip(found, options):
         name = " ".join(word for word in words if word not in shared) or "plain"
-        groups.setdefault(name, {})[result["seed"]] = result, rows
+        if result["seed"] in groups.setdefault(name, {}):
+            raise BadInput(f"two runs of '{name}' with seed {result['seed']}: name one of them")
+        groups[name][result["seed"]] = result, rows
     if shared:
         say(f"all: python cli.py train {' '.join(shared)}")
     table = Table(box=rich.box.MARKDOWN)
@@ -727,7 +731,9 @@ def compare(
         results, rows = zip(*(by_seed[seed] for seed in sorted(by_seed)))
         last = [f"{100 * r['last']['pgd_acc']:.1f}" for r in results]
         mean = sum(r["last"]["pgd_acc"] for r in results) / len(results)
-        told = [r["verdict"] + "".join(f", {a['when']}" for a in r["alarms"][:1]) for r in results]
+        told = [", ".join([r["verdict"], *(a["when"] for a in r["alarms"]
+                                           if a["verdict"] == r["verdict"])][:2])
+                for r in results]  # fmt: skip
         seconds = sorted(r["seconds"]["training"] for r in results)
         table.add_row(
             name, ", ".join(map(str, sorted(by_seed))),
@@ -864,6 +870,8 @@ def attack(
         raise BadInput(f"images of '{data.name}' have {c} channels, the model takes {takes}")
     ebm_at.check_attack(x, y, eps, norm)
     chosen = ebm_at.attacks_of(names, norm)
+    if restarts > 1 and not any(ebm_at.ATTACKS[name].start for name in chosen):
+        raise BadInput("--restarts is for PGD's attacks, RS- and N-FGSM: none was asked for")
     k, classes = ebm_at.check_model(model, x, y, chosen).shape[1], len(known or data.classes)
     warnings = [f"The model has {k} logits, '{data.name}' {classes} classes: do they mean the same"
                 " by each label?"] * (k != classes)  # fmt: skip
@@ -1412,7 +1420,7 @@ def save_samples(folder, x8, y, record, classes):
 
 
 def save_real(folder, data, classes, n):
-    """real/, a flat folder of at most n test images of the classes, for FID tools to compare with."""
+    """real/, a flat folder of at most n test images of the classes, for FID tools."""
     rows = torch.isin(data.y_test, torch.tensor(classes)).nonzero().squeeze(1)
     rows = rows[ebm_at.stratified(data.y_test[rows], min(n, len(rows)), 0)]
     (folder / "real").mkdir()
@@ -1583,6 +1591,8 @@ def check_generate(settings):
         raise BadInput("--reference 1: one real image is none to compare with; 0 takes all")
     if settings["quantile"] is not None and settings["stop"] != "quantile":
         raise BadInput("--quantile needs --stop quantile")
+    if settings["save_real"] and settings["compare"]:
+        raise BadInput("--save-real goes with one way of generating, --compare runs many: drop one")
     if settings["trace"] and settings["compare"]:
         raise BadInput("--trace films one way of generating, --compare runs many: drop one")
     ebm_at.check_choice("init", settings["init"], ebm_at.STARTS)
@@ -1635,7 +1645,8 @@ def compare_starts(folder, made_of, options, judged, report, data, wanted, conso
     adaptive = "sampled" if options["stop"] == "fixed" else options["stop"]
     ways = {"fixed": {"stop": "fixed"}, adaptive: {"stop": adaptive},
             "zero steps": {"stop": adaptive, "steps": 0},
-            "zero steps, one candidate": {"stop": adaptive, "steps": 0, "candidates": 1}}  # fmt: skip
+            "zero steps, one candidate": {"stop": adaptive, "steps": 0,
+                                          "candidates": 1}}  # fmt: skip
     stopped = None
     try:
         for init in ebm_at.STARTS:

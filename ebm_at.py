@@ -265,7 +265,7 @@ def value_and_gradient(model, x, y, loss="ce", reference=None, target=None):
     """Attack loss (N,), its gradient with respect to the images (N, C, H, W), and logits (N, K).
 
     torch.autograd.grad(value, x) computes nothing for the weights: cheaper than backward(), and no
-    `.grad` is touched. (Under torch.compile only because attack_mode freezes the weights.)
+    `.grad` is touched. (With torch.compile only since attack_mode freezes the weights.)
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -291,7 +291,7 @@ def input_gradient(model, x, y, loss="ce", targeted=False, reference=None):
 
 
 def adversarial_loss(logits, logits_adv, y, beta):
-    """(E11) Cross-entropy of the adversarial twins, what all fgsm's and pgd minimise. A scalar.
+    """(E11) Cross-entropy of the adversarial twins: what FGSM's kinds and PGD minimise. A scalar.
 
     `logits` and `beta` are not used; they are here so that all losses are called alike.
     Source: Madry et al. 2018.
@@ -306,8 +306,8 @@ def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
     landscape is flattened between x and x*, it is not only x* that is pulled towards x.
 
     Why it helps. Under catastrophic overfitting the loss is bent between x and the one point where
-    single-step training looks: that point alone is made safe, and a few PGD steps beside it are
-    not. A landscape that is flat from x to x* leaves no room for such a bend.
+    single-step training looks: that one point is made safe, and points that a few PGD steps
+    reach are not. A landscape that is flat from x to x* leaves no room for such a bend.
 
     Args:
         logits, logits_adv (N, K), of the images and of their adversarial twins; y int64 (N,).
@@ -380,10 +380,10 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
     Args: x (N, C, H, W), uint8 or float in [0, 1], and y int64 (N,), on the model's device; eps,
         steps and norm of the attacks (PGD: one random start, step eps / 4, the same noise at every
         call).
-    Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc and fgsm_aae, the
-        share of AAEs under FGSM, in [0, 1]; energy,
-        E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd, |dE(x)|;
-        delta_energy_xy_pgd, dE(x, y); and n, how many images. Energies are in nats.
+    Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc and fgsm_aae (the
+        share of AAEs under FGSM), all in [0, 1]; energy, E(x); delta_energy_fgsm and
+        delta_energy_pgd, dE(x); abs_delta_energy_pgd, |dE(x)|; delta_energy_xy_pgd, dE(x, y); and
+        n, how many images. Energies are in nats.
     """
     generator = torch.Generator(x.device).manual_seed(0)
     logits = {"clean": [], "fgsm": [], "pgd": []}
@@ -601,12 +601,13 @@ class Trainer:
         if not fits or saved["data"] != self.fingerprint:
             images = "" if not fits else ": the training images are not those it began with"
             raise RunError(f"the checkpoint does not fit this run{images}; not resumed")
-        if saved["finished"] and saved["epoch"] < self.config.epochs and not saved["alarms"]:
+        stopped = any(alarm["action"] in ("stop", "rollback") for alarm in saved["alarms"])
+        if saved["finished"] and saved["epoch"] < self.config.epochs and not stopped:
             ended = f"that run ended at epoch {saved['epoch']}"
             raise BadInput(f"{ended}: start a new one to train longer")
-        self.config.der = saved["der"]
-        vars(self).update({k: saved[k] for k in self.RESUMED})
-        self.config.der_from *= not self.schedule_start  # a rescue has switched DER on at once
+        if saved["der"] and not self.config.der:  # a rescue has switched DER on, at once
+            self.config.der, self.config.der_from = True, 0.0
+        vars(self).update(copy.deepcopy({k: saved[k] for k in self.RESUMED}))
         self.finished = self.finished or self.epoch >= self.config.epochs
         self.saved_epoch = self.epoch
 
@@ -670,12 +671,15 @@ class Trainer:
             with autocast(self.device, self.dtype):
                 return training_loss(model, x, y, x_adv, noise, beta, config)
 
-        # The attack's first look at the model is at its start (TRADES' at x), the loss's is at x*:
-        # what the attack does to the energies, where it trains, costs nothing to know.
+        # The attack's first look at the model is at its start (where KL is climbed, at x), the
+        # loss's is at x*: what the attack does to the energies costs nothing to know.
         seen = []
         with model.register_forward_hook(lambda m, i, logits: seen.append(logits.detach())):
             with autocast(self.device, self.dtype):
                 x_adv = training_attack(model, x, y, start, eps, config)
+        if seen and config.attack_bn == "eval":  # the loss has batch statistics: look with those
+            with torch.no_grad(), attack_mode(model, "train"), autocast(self.device, self.dtype):
+                seen = [model(start)]
         self.optimizer.zero_grad()
         shift = adversarial_weights(model, lambda: objective()[0], config.awp)
         awp = config.awp and epochs_done >= config.awp_warmup
@@ -814,8 +818,8 @@ class Trainer:
         if action in ("rollback", "der"):
             self.load_snapshot(self.best)
         if action == "der":
-            # DER's full weight at a high learning rate would undo what was learnt: the schedule
-            # starts anew, over the epochs that are left.
+            # The schedule starts anew over the epochs that are left: a triangular one from 0, so
+            # that DER meets a low rate first. At a high one it would undo what was learnt.
             self.config.der, self.schedule_start = True, self.epoch
             self.config.der_from = 0.0  # now, not late
             self.monitor = OverfittingMonitor()
@@ -840,11 +844,11 @@ class Trainer:
 
     def verdict(self):
         """What to say of the whole run: "healthy", "CO", "RO", "at chance" or "not robust"; why."""
-        last = self.history[-1]
         for alarm in self.alarms:  # CO stays the verdict even where accuracy recovers; RO may pass
             ended = alarm["action"] in ("stop", "rollback")
             if ended or (alarm["verdict"] == "CO" and alarm["action"] == "continue"):
                 return alarm["verdict"], alarm["reason"]
+        last = self.history[-1]
         if last["verdict"] in ("CO", "RO"):
             return last["verdict"], self.reason
         if last["verdict"] != "healthy":
@@ -1056,6 +1060,7 @@ def class_energies(model, x, y, num_classes, most=500, dtype=torch.float32, batc
             raise BadInput(f"class {k} has no images; its energies are needed to know when to stop")
     logits = exact_logits(model, x[torch.cat(rows)], batch_size, dtype)
     return list(energy_xy(logits, y[torch.cat(rows)]).split([len(found) for found in rows]))
+
 
 STOPS = ["mean", "quantile", "sampled", "fixed"]
 
@@ -1386,6 +1391,7 @@ class PreActResNet(nn.Module):
         """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""
         x = self.blocks(self.stem((x - self.mean) / self.std))
         return self.head(F.relu(self.bn(x)).mean((2, 3)))
+
 
 MODELS = ["small", "preactresnet18", "wrn-28-10", "wrn-34-10"]
 
@@ -2153,14 +2159,15 @@ def run_attack(name, model, x, y, eps, norm="linf", seed=0, restarts=1, **settin
     """Runs the attack `name` on images: fgsm's arguments, and settings such as steps=50.
 
     All randomness comes from (seed, name) and is the same for every image: what happens to an image
-    depends neither on its place nor on its batch. restarts: what still stands is attacked again
-    from another random start. Returns: x_adv, like x. Raises: BadInput.
+    depends neither on its place nor on its batch. restarts, of attacks that start at random
+    (PGD's, RS- and N-FGSM): what still stands is attacked again. Returns: x_adv, like x.
+    Raises: BadInput.
     """
     check_choice("attack", name, ATTACKS)
     if restarts > 1 and ATTACKS[name].start:
         x_adv = run_attack(name, model, x, y, eps, norm, seed, **settings)
         for again in range(seed + 1, seed + restarts):
-            rows = (exact_logits(model, x_adv).argmax(1) == y).nonzero()[:, 0]
+            rows = is_right(exact_logits(model, x_adv), y).nonzero()[:, 0]
             if len(rows):
                 part = x[rows], y[rows]
                 x_adv[rows] = run_attack(name, model, *part, eps, norm, again, **settings)
@@ -2519,7 +2526,7 @@ def _opt(default, panel, note):
 class Config:
     """Every setting of a training run, with the default of the demonstration (shapes, FGSM).
 
-    Skip it on first reading: each name is explained where it is used (sections 2 to 9). `recipe`
+    Skip it on first reading: each name is explained where it is used. `recipe`
     gives the defaults that suit another data set or method. All values are plain Python,
     so that a checkpoint can store them and be read without running any code.
     """
@@ -2572,11 +2579,12 @@ class Config:
     threads: int = _opt(0, "Machine", "CPU threads; 0: one for the small model, else all cores")
     precision: str = _opt("auto", "Machine", "auto (bf16 where the hardware has it), bf16, or fp32")
     compile: bool = _opt(False, "Machine", "run the network through torch.compile")
+    # fmt: on
 
 
 PRESETS = {
     # Few images, many epochs, a learning-rate drop: what RO needs (Rice et al. 2020).
-    # With --der: from the first drop on, as late as the paper's, while there is something to save.
+    # With --der: from the first drop of the rate on; at .8 there would be little left to save.
     "ro": dict(dataset="shapes", method="pgd", limit=200, width=32, eps=12 / 255, eps_warmup=0.0,
                attack_steps=5, batch_size=50, lr=0.1, schedule="piecewise", epochs=80,
                probe_size=200, test_size=1000, der_from=0.5),
@@ -2618,7 +2626,7 @@ def recipe(dataset="shapes", method="fgsm", **given):
             elif given.get("grad_align"):
                 usual |= dict(lr=0.3)
         if method == "trades":
-            usual |= dict(epochs=76, lr_drops="0.986", weight_decay=2e-4)  # at 75 of 76
+            usual |= dict(epochs=76, lr_drops="0.98684", weight_decay=2e-4)  # 75 of 76
             usual |= dict(awp_warmup=10) if given.get("awp") else {}
         if method == "mart":
             usual |= dict(epochs=120, lr_drops="0.625,0.75,0.833")
@@ -2798,7 +2806,6 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
-    # fmt: on
 
 
 def pick_device(name="auto"):

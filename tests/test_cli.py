@@ -507,3 +507,23 @@ def test_compare_gives_runs_that_differ_by_their_seed_one_row(monkeypatch, capsy
 def test_compare_names_what_is_no_run(monkeypatch, capsys, tmp_path):
     code, _, err = call(monkeypatch, capsys, "compare", tmp_path / "nothing")
     assert code == 1 and "nothing" in err and len(err.splitlines()) == 1
+
+
+def test_compare_refuses_two_runs_of_one_seed(monkeypatch, capsys):
+    log = ROOT / "tutorials/results/train/shapes-fgsm-seed0.json"
+    code, _, err = call(monkeypatch, capsys, "compare", log, log)
+    assert code == 2 and "two runs of 'plain' with seed 0" in err
+
+
+@pytest.mark.parametrize(
+    "settings, word",
+    [
+        (dict(norm="l2", eps=20 / 255), "--eps"),
+        (dict(dataset="cifar10", grad_align=0.2, lr=0.2), "--lr"),
+        (dict(dataset="cifar10", method="trades", awp=0.005, awp_warmup=0), "--awp-warmup"),
+        (dict(dataset="cifar10", method="mart", model="wrn-34-10", lr=0.01), "--lr"),
+    ],
+)
+def test_options_tell_what_the_recipe_would_choose_otherwise(settings, word):
+    words = cli.options_of(ebm_at.recipe(**settings))
+    assert any(text.startswith(f"{word} ") for text in words), words

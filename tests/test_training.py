@@ -96,6 +96,17 @@ def test_step_is_sgd_on_the_written_loss(data):
         torch.testing.assert_close(mine.detach(), want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [dict(attack_bn="eval"), dict(method="trades")])
+def test_tracked_energies_compare_one_network_with_itself(data, settings):
+    """The attack may see running statistics where the loss sees the batch's: at eps 0 nothing moves."""
+    config = ebm_at.recipe(**TINY | settings | dict(eps=1e-9, eps_warmup=0.0))
+    trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+    trainer.model.train()
+    for i in range(3):  # the running statistics are far from the batch's
+        *_, dx, dxy = trainer.step(torch.arange(20), torch.Generator().manual_seed(i), 0.3)
+    assert abs(dx.item()) < 2e-2 and abs(dxy.item()) < 2e-2
+
+
 def test_ema_is_a_weighted_mean_of_the_weights_so_far(data):
     """With ema .6 the first decays are 1/4, 2/5, 3/6, 4/7 and then .6, also BatchNorm's."""
     config = ebm_at.recipe(ema=0.6, **TINY)
@@ -304,6 +315,14 @@ def test_verdict_says_when_nothing_was_learnt(data):
     list(trainer.run())
     verdict, reason = trainer.verdict()
     assert verdict == "at chance" and "No better than one answer" in reason
+
+
+def test_a_run_that_an_alarm_ends_within_its_first_epoch_has_a_verdict(data):
+    config = ebm_at.recipe(on_overfit="stop", **TINY)
+    trainer = ebm_at.Trainer(config, data, ebm_at.build_model(config, data))
+    alarm = {"verdict": "CO", "reason": "it fell", "action": "stop", "der": False}
+    trainer.alarms.append(alarm)
+    assert trainer.verdict() == ("CO", "it fell")
 
 
 def test_no_alarm_while_eps_still_grows(data):

@@ -17,7 +17,7 @@ RULES = {  # name: (column that is needed, does it ring at this row?)
         "train_adv_delta_energy", lambda row: row["train_adv_delta_energy"] < -0.1),
     "mean dE(x) > +.1, training attack": (
         "train_adv_delta_energy", lambda row: row["train_adv_delta_energy"] > 0.1),
-    "mean |dE(x)| > 2, PGD": (
+    "mean abs dE(x) > 2, PGD": (
         "abs_delta_energy_pgd", lambda row: row["abs_delta_energy_pgd"] > 2),
 }  # fmt: skip
 

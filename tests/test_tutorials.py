@@ -47,11 +47,13 @@ CLAIMS = {
         "sweep[0]['verdict'] == 'CO' and sweep[0]['PGD-10'] < sweep[1]['PGD-10']",
     ],
     "3_robust_overfitting.ipynb": [
-        "live[0]['train, last'] > live[1]['train, last']",  # DER learns less by heart
-        "abs(live[1]['dE, last']) < 0.2",
-        "all(compared[s]['drop (points)'] > 4 for s in range(3))",
-        "all(2 * compared[3 + s]['drop (points)'] <= compared[s]['drop (points)'] for s in range(3))",
-        "all(compared[3 + s]['best'] >= compared[s]['best'] for s in range(3))",
+        # (sixteen epochs are too short for the decay itself: see the stored runs, and STORED)
+        "abs(live[1]['dE train, last']) <= abs(live[0]['dE train, last']) + 0.05",
+        "(stored := {row['training']: row for row in compared})",
+        "stored['pgd, seed 0']['drop (points)'] > 4",
+        "2 * stored['pgd-der, seed 0']['drop (points)'] <= stored['pgd, seed 0']['drop (points)']",
+        "stored['pgd-der, seed 0']['best'] >= stored['pgd, seed 0']['best']",
+        "stored['pgd, seed 0']['dE train'] < 0 < stored['pgd, seed 0']['dE test']",
     ],
     "4_generation.ipynb": [
         "rows[4]['FD'] > 4 * rows[5]['FD'] and rows[6]['FD'] > 4 * rows[7]['FD']",  # fixed, stopped
@@ -82,9 +84,9 @@ STORED = {
         ("FGSM + DER", 0, lambda row, of: row[2] > 0.28 and row[0] > 0.5 and row[4] < 0.02),
     ],
     "3_robust_overfitting.ipynb": [
-        # best epoch, best, last, drop, train, clean, dE best, dE last, seconds
-        ("PGD", 0, lambda row, of: row[4] > row[2] + 0.5 and row[7] > row[6] + 0.5 and row[3] > 3),
-        ("PGD + DER", 0, lambda row, of: row[3] < of("PGD", 0)[3] and abs(row[7]) < 0.1),
+        # best epoch, best, last, drop, train, clean best, clean last, dE test, dE train, seconds
+        ("PGD", 0, lambda row, of: row[4] > row[2] + 0.5 and row[3] > 3 and row[8] < -0.5 < row[7]),
+        ("PGD + DER", 0, lambda row, of: row[3] < of("PGD", 0)[3] and abs(row[8]) < 0.1),
     ],
     "4_generation.ipynb": [
         # stop, FD, precision, recall, agreement, mean steps, E(x, y), seconds (the stop is skipped)

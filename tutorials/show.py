@@ -89,24 +89,6 @@ def curves(runs, panels, xlabel="epoch", x="epoch"):
     plt.show()
 
 
-def scatter(points, xlabel, ylabel):
-    """Named points over a logarithmic x axis, each with its name beside it. points: {name: (x, y)}."""
-    plt = pyplot()
-    if plt is None:
-        table([{"name": n, xlabel: float(a), ylabel: float(b)} for n, (a, b) in points.items()])
-        return
-    figure, ax = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
-    for i, (name, (a, b)) in enumerate(points.items()):
-        left, low = (i % 2, i % 4 in (1, 2))  # names of neighbours must not cover each other
-        ax.plot(a, b, "o", color=COLOURS[i % len(COLOURS)])
-        ax.annotate(name, (a, b), textcoords="offset points", fontsize=8,
-                    xytext=((6, -6)[left], (5, -11)[low]), ha=("left", "right")[left])  # fmt: skip
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log")
-    ax.margins(x=0.25, y=0.12)
-    ax.grid(alpha=0.3)
-    plt.show()
-
-
 def histograms(values, xlabel):
     """Distributions on one axis. values: {name: tensor (N,)}. Without matplotlib: their quantiles."""
     plt = pyplot()

@@ -599,7 +599,9 @@ def measure(trainer, folder, n, console):
 def report(trainer, folder, display):
     """result.json, curves.png and the closing words of a run."""
     config = trainer.config
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # before a rescue
+    settings, begun = dataclasses.asdict(config), folder / "config.json"
+    if begun.exists():  # what was asked for: a rescue changes config
+        settings = json.loads(begun.read_text(encoding="utf-8"))
     write_csv(folder / "history.csv", display.rows, ebm_at.HISTORY)  # if killed after the last save
     n = min(config.test_size or len(trainer.data.x_test), len(trainer.data.x_test))
     last, best = measure(trainer, folder, n, display.console)

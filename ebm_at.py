@@ -3,26 +3,20 @@
 A classifier with logits f(x) is also an energy-based model. Write E(x, y) = -f(x)[y] for the
 energy of an image together with a label and E(x) = -log sum_k exp f(x)[k] for that of the image
 alone: low energy means "the model finds this likely". The loss everybody trains with is a
-difference of the two,
-
-    cross-entropy(x, y) = E(x, y) - E(x),
-
-so an attack that raises the loss must raise E(x, y), lower E(x), or both. Adversarial training
-minimises the loss at x*, the worst point an attack finds within eps of x. FGSM finds it in ONE
-gradient step (single-step, cheap), PGD in several (multi-step, stronger). How much the attack moves
-the energies are the DELTA ENERGIES, dE(x) = E(x) - E(x*) and dE(x, y) = E(x, y) - E(x*, y), in nats
-(natural-log units).
+difference of the two, cross-entropy(x, y) = E(x, y) - E(x), so an attack that raises the loss must
+raise E(x, y), lower E(x), or both. Adversarial training minimises the loss at x*, the worst point
+an attack finds within eps of x: FGSM in ONE gradient step (single-step, cheap), PGD in several
+(multi-step, stronger). How far the attack moves the energies are the DELTA ENERGIES,
+dE(x) = E(x) - E(x*) and dE(x, y) = E(x, y) - E(x*, y), in nats (their logarithms are natural ones).
 
 Two things go wrong. Single-step training collapses against PGD (catastrophic overfitting, CO): the
-landscape bends between x and x*, so that more and more x* have a LOWER loss than x (abnormal
-adversarial examples, AAEs). Multi-step training overfits slowly (robust overfitting, RO): its
-robustness decays on new images while it rises on those of training. The Delta Energy Regularizer
-(DER) adds beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss and keeps the landscape flat there.
+landscape bends between x and x*, until many x* have a LOWER loss than x (abnormal adversarial
+examples, AAEs). Multi-step training overfits slowly (robust overfitting, RO): its robustness decays
+on new images while it rises on those of training. The Delta Energy Regularizer (DER) adds
+beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss and keeps the landscape flat there.
 
 Part one tells this in order: 1 energies, 2 attacks, 3 losses and DER, 4 overfitting, 5 the training
-loop, 6 generation. Part two is there to look things up in: networks, rivals, data, judging.
-
-Notation (N images, C channels, K classes)
+loop, 6 generation. Part two is there to look things up in.
 
     symbol     in the code       shape         meaning
     x          x                 (N, C, H, W)  images, float in [0, 1]; the model normalises
@@ -36,13 +30,11 @@ Notation (N images, C channels, K classes)
     dE         delta_energy_norm (N,)          sqrt(dE(x)^2 + dE(x, y)^2): how far both moved
     eps        eps               float         size of the attack's ball, in units of [0, 1] pixels
 
-Paper: "Understanding Adversarial Training with Energy-based Models", Mirza et al. 2025,
-arXiv 2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under the lens of
-Energy-based Models", Mirza et al., ECCV 2024, arXiv 2407.06315.
-
-What differs from the paper: DER is its equation (7) as a public reimplementation gives it. That
-beta grows over training, its size, and the alarm's thresholds were measured here, on this
-project's data; local PCA, energy guidance and the stop in section 6 are our reading.
+Paper: "Understanding Adversarial Training with Energy-based Models", Mirza et al. 2025, arXiv
+2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under the lens of Energy-based
+Models", Mirza et al., ECCV 2024, arXiv 2407.06315. Where we differ: DER is the paper's equation (7)
+as a public reimplementation gives it; that beta grows, its size and the alarm's thresholds were
+measured here; local PCA, energy guidance and the stop in section 6 are our reading.
 """
 
 import contextlib
@@ -51,12 +43,14 @@ import dataclasses
 import difflib
 import math
 import os
-import stat
 import time
+import typing
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -64,18 +58,11 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-# ##################################################################################################
-# PART ONE: the story, in reading order.
-# ##################################################################################################
-
-
 # ==== 1. Energies =================================================================================
-
-
+#
 # Energies stand for densities: p(x, y) = exp(-E(x, y)) / Z and p(x) = exp(-E(x)) / Z, with one Z
 # that makes them sum to 1. Nobody can compute Z, and nobody has to: it cancels in p(y|x) =
-# p(x, y) / p(x), which is the softmax, and in every difference of energies. Energies are in nats:
-# their logarithms are natural ones.
+# p(x, y) / p(x), which is the softmax, and in every difference of energies.
 
 
 def energy_xy(logits, y):
@@ -84,15 +71,17 @@ def energy_xy(logits, y):
 
 
 def energy_x(logits):
-    """(E2) Marginal energy E(x) = -log sum_k exp f(x)[k]. logits (N, K) -> (N,). Lower is likelier.
+    """(E2) Marginal energy E(x) = -log sum_k exp f(x)[k]. logits (N, K) -> (N,). Lower: likelier.
 
     exp(-E(x)) is the sum of exp(-E(x, y)) over y: the label is summed out, as in any joint density.
-    Source: Grathwohl et al. 2020 (the joint energy-based model, JEM), section 3.
+    Source: Grathwohl et al. 2020 (the joint energy-based model, JEM).
     """
     return -logits.float().logsumexp(1)
 
 
-# (E3)  cross-entropy = -log p(y|x) = -f(x)[y] + log sum_k exp f(x)[k] = E(x, y) - E(x), exactly.
+def cross_entropy(logits, y):
+    """(E3) -log p(y|x) = -f(x)[y] + log sum_k exp f(x)[k] = E(x, y) - E(x), exactly. -> (N,)."""
+    return F.cross_entropy(logits.float(), y, reduction="none")
 
 
 def delta_energy(logits, logits_adv, y=None):
@@ -133,170 +122,118 @@ def abnormal(logits, logits_adv, y):
     return delta_energy(logits, logits_adv, y) > delta_energy(logits, logits_adv)
 
 
-# ==== 2. Attacks: pure functions of (model, x, y, eps) ============================================
+# ==== 2. Attacks ==================================================================================
+#
+# An attack looks for x*, in the ball of radius eps around x, that makes a `loss` large. The loss is
+# any function (logits, y) -> (N,): cross_entropy unless said. To REACH a label t instead of leaving
+# y, climb lambda logits, y: -cross_entropy(logits, t). Attacks leave the model as they found it.
 
 
-def fgsm(model, x, y, eps, *, norm="linf", loss="ce", targeted=False, start=None, step=None,
-         inside_ball=True, batchnorm="eval", validate=True):  # fmt: skip
+def gradient_of(model, x, y, loss):
+    """The loss of each image (N,), its gradient in the images (N, C, H, W), the logits (N, K)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        logits = model(x)
+        value = loss(logits, y)
+        # With respect to x alone: nothing is computed for the weights, no .grad is touched.
+        (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), gradient, logits.detach()
+
+
+def ascend(x_adv, gradient, step, norm="linf"):
+    """The steepest step of length `step`: along the sign for l_inf, along the gradient for l_2."""
+    unit = gradient.sign() if norm == "linf" else F.normalize(gradient.flatten(1)).view_as(gradient)
+    return x_adv + step * unit.nan_to_num(0)  # where the gradient is NaN: no step
+
+
+def project(x_adv, x, eps, norm="linf"):
+    """The nearest point to x_adv within eps of x, then within [0, 1]."""
+    delta = x_adv - x
+    delta = delta.clamp(-eps, eps) if norm == "linf" else delta.renorm(2, 0, eps)
+    return (x + delta).clamp(0, 1)
+
+
+def random_noise(x, eps, norm="linf", generator=None):
+    """A uniform draw from the eps-ball around 0 for every image of x, shaped like x."""
+    draw = dict(generator=generator, device=x.device)
+    if norm == "linf":
+        return (torch.rand(x.shape, **draw) * 2 - 1).to(x.dtype) * eps
+    direction = F.normalize(torch.randn(x.shape, **draw).flatten(1))
+    radius = eps * torch.rand(len(x), 1, **draw) ** (1 / direction.shape[1])  # uniform in volume
+    return (radius * direction).view_as(x).to(x.dtype)
+
+
+@torch.no_grad()
+def fgsm(model, x, y, eps, *, norm="linf", loss=cross_entropy, start=None, step=None,
+         inside_ball=True, batchnorm="eval", generator=None):  # fmt: skip
     """(E7) Fast gradient sign method: x* = clip(x + eps * sign grad_x CE(x, y)); l_2: see ascend.
 
     Args:
         model: images in [0, 1] -> logits (N, K). Left exactly as it was.
         x, y: images float (N, C, H, W) in [0, 1]; labels int64 (N,).
         eps: radius of the ball, in pixel units; 0 returns x.
-        norm, loss, targeted: "linf" or "l2"; one of ATTACK_LOSSES; y is the label to reach.
-        start: where the gradient is taken, if not at x. The kl loss, 0 and flat at x, needs one.
-        step: length of the step, default eps.
+        norm, loss: "linf" or "l2"; what to climb, see above.
+        start, step: where the gradient is taken, if not at x; length of the step, if not eps.
         inside_ball: False leaves x* outside the ball where start + step led there.
         batchnorm: "eval", or "train" for the batch's own statistics (see attack_mode).
-        validate: False skips the range checks, which make a GPU wait for the host.
-    Returns: x_adv, like x, detached.
-    Raises: BadInput.
-    Source: Goodfellow et al. 2015.
+        generator: not used; it is here so that all attacks are called alike.
+    Returns: x_adv, like x, detached. Raises: BadInput. Source: Goodfellow et al. 2015.
     """
-    if validate:
-        check_attack(x, y, eps, norm)
+    check_attack(x, y, eps, norm)
     start = x if start is None else start
     with attack_mode(model, batchnorm):
-        reference = model(x).detach() if loss == "kl" else None
-        gradient = input_gradient(model, start, y, loss, targeted, reference)
+        _, gradient, _ = gradient_of(model, start, y, loss)
     x_adv = ascend(start, gradient, eps if step is None else step, norm)
-    return (project(x_adv, x, eps, norm) if inside_ball else x_adv.clamp(0, 1)).detach()
+    return project(x_adv, x, eps, norm) if inside_ball else x_adv.clamp(0, 1)
 
 
-def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
+def rs_fgsm(model, x, y, eps, *, norm="linf", generator=None, **options):
     """(E8) FGSM from x + U(-eps, eps), with one step of 1.25 eps, back into the ball.
 
-    Arguments as for fgsm, but for `step`; `generator` draws the start. Source: Wong et al. 2020.
+    `generator` draws the start; options: as for fgsm. Source: Wong et al. 2020.
     """
-    if start is None:
-        start = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
+    start = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
     return fgsm(model, x, y, eps, norm=norm, start=start, step=1.25 * eps, **options)
 
 
-def n_fgsm(model, x, y, eps, *, norm="linf", generator=None, start=None, **options):
+def n_fgsm(model, x, y, eps, *, norm="linf", generator=None, **options):
     """(E9) Noisy FGSM: x0 = x + U(-2 eps, 2 eps), one step of eps, and NO clipping to the ball.
 
     So x* may lie up to 3 eps away from x, but always in [0, 1]: it is meant for training, not for
-    judging. Arguments as for fgsm, but for `inside_ball`; `generator` draws the start.
-    Source: de Jorge et al. 2022, algorithm 1.
+    judging. Options as for fgsm. Source: de Jorge et al. 2022, algorithm 1.
     """
-    if start is None:
-        start = (x + random_noise(x, 2 * eps, norm, generator)).clamp(0, 1)
+    start = (x + random_noise(x, 2 * eps, norm, generator)).clamp(0, 1)
     return fgsm(model, x, y, eps, norm=norm, start=start, inside_ball=False, **options)
 
 
-def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss="ce", targeted=False,
-        random_start=True, start=None, batchnorm="eval", generator=None,
-        validate=True):  # fmt: skip
+@torch.no_grad()
+def pgd(model, x, y, eps, steps=10, step_size=None, *, norm="linf", loss=cross_entropy, start=None,
+        batchnorm="eval", generator=None):  # fmt: skip
     """(E10) Projected gradient descent: `steps` times x* <- project(x* + step_size * direction).
 
-    Args:
-        steps, step_size: how many, how long; default length eps / 4 (2/255 at 8/255, Rice et al.).
-        random_start: begin at a uniform draw from the ball, by `generator`, instead of at x.
-        start: begin exactly there; overrides random_start.
-        The others as for fgsm.
-    Returns: x_adv, like x, detached: the last iterate.
-    Raises: BadInput.
-    Source: Madry et al. 2018.
+    Args: step_size, default eps / 4 (2/255 at 8/255, Rice et al. 2020); start, default a uniform
+    draw from the ball by `generator`. The others as for fgsm.
+    Returns: x_adv, like x, detached: the last iterate. Raises: BadInput. Source: Madry et al. 2018.
     """
-    if validate:
-        check_attack(x, y, eps, norm)
+    check_attack(x, y, eps, norm)
     step_size = eps / 4 if step_size is None else step_size
-    x_adv = x if start is None else start
-    if start is None and random_start:
-        x_adv = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
+    x_adv = (x + random_noise(x, eps, norm, generator)).clamp(0, 1) if start is None else start
     with attack_mode(model, batchnorm):
-        reference = model(x).detach() if loss == "kl" else None
         for _ in range(steps):
-            gradient = input_gradient(model, x_adv, y, loss, targeted, reference)
+            _, gradient, _ = gradient_of(model, x_adv, y, loss)
             x_adv = project(ascend(x_adv, gradient, step_size, norm), x, eps, norm)
-    return x_adv.detach()
-
-
-@contextlib.contextmanager
-def true_fp32():
-    """Switches off what rounds fp32 products to 10 bits or fewer (TF32), and back on at the end."""
-    of = torch.backends  # the older allow_tf32 raises once a caller has used these switches
-    kinds = of.cudnn.conv, of.cuda.matmul, of.mkldnn.conv, of.mkldnn.matmul
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
-        yield
-    finally:
-        for kind, precision in zip(kinds, before):
-            kind.fp32_precision = precision
-
-
-def ascend(x_adv, gradient, step, norm="linf"):
-    """The steepest step of length `step`: along the sign for l_inf, along the gradient for l_2."""
-    direction = gradient.sign() if norm == "linf" else gradient / per_image_norm(gradient)
-    return direction.nan_to_num_(0).mul_(step).add_(x_adv)  # in place: cheaper; at NaN: no step
-
-
-def project(x_adv, x, eps, norm="linf"):
-    """The nearest point to x_adv within eps of x, then within [0, 1]."""
-    delta = x_adv - x
-    if norm == "linf":
-        delta.clamp_(-eps, eps)
-    else:
-        delta.mul_((eps / per_image_norm(delta)).clamp(max=1))
-    return delta.add_(x).clamp_(0, 1)
-
-
-def random_noise(x, eps, norm="linf", generator=None):
-    """A uniform draw from the eps-ball around 0, one per image, shaped like x."""
-    draw = dict(generator=generator, device=x.device)
-    if norm == "linf":
-        return ((torch.rand(x.shape, **draw) * 2 - 1) * eps).to(x.dtype)
-    direction, radius = torch.randn(x.shape, **draw), torch.rand(len(x), 1, 1, 1, **draw)
-    radius = eps * radius ** (1 / x.shape[1:].numel())  # uniform in volume, not in radius
-    return (radius * direction / per_image_norm(direction)).to(x.dtype)
-
-
-def per_image_norm(d):
-    """l_2 norm of each image, never quite 0: (N, C, H, W) -> (N, 1, 1, 1)."""
-    least = max(1e-12, torch.finfo(d.dtype).tiny)
-    return d.flatten(1).norm(dim=1).clamp_min(least).view(-1, 1, 1, 1)
-
-
-def value_and_gradient(model, x, y, loss="ce", reference=None, target=None):
-    """Attack loss (N,), its gradient with respect to the images (N, C, H, W), and logits (N, K).
-
-    torch.autograd.grad(value, x) computes nothing for the weights: cheaper than backward(), and no
-    `.grad` is touched. (With torch.compile only since attack_mode freezes the weights.)
-    """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        logits = model(x)
-        value = attack_loss(logits, y, loss, reference, target)
-        if value.requires_grad:  # perhaps through the weights alone
-            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
-        if not value.requires_grad or gradient is None:
-            raise BadInput("no gradient reaches the images (no_grad, .data or integers inside?)")
-    return value.detach(), gradient, logits.detach()
-
-
-def input_gradient(model, x, y, loss="ce", targeted=False, reference=None):
-    """Gradient of the attack loss with respect to the images alone: (N, C, H, W).
-
-    `targeted`: y is the label to reach, so the loss is to go down.
-    """
-    gradient = value_and_gradient(model, x, y, loss, reference)[1]
-    return -gradient if targeted else gradient
+    return x_adv
 
 
 # ==== 3. What training minimises: the losses and DER ==============================================
 
 
-def adversarial_loss(logits, logits_adv, y, beta):
-    """(E11) Cross-entropy of the adversarial twins: what FGSM's kinds and PGD minimise. A scalar.
+def adversarial_loss(logits, logits_adv, y, beta=None):
+    """(E11) Mean cross-entropy at x*: what FGSM and PGD minimise. Source: Madry et al. 2018.
 
     `logits` and `beta` are not used; they are here so that all losses are called alike.
-    Source: Madry et al. 2018.
     """
-    return F.cross_entropy(logits_adv.float(), y)
+    return cross_entropy(logits_adv, y).mean()
 
 
 def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
@@ -306,13 +243,11 @@ def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
     landscape is flattened between x and x*, it is not only x* that is pulled towards x.
 
     Why it helps. Under catastrophic overfitting the loss is bent between x and the one point where
-    single-step training looks: that one point is made safe, and points that a few PGD steps
-    reach are not. A landscape that is flat from x to x* leaves no room for such a bend.
+    single-step training looks: that point is made safe, and points that a few PGD steps reach are
+    not. A landscape that is flat from x to x* leaves no room for such a bend.
 
-    Args:
-        logits, logits_adv (N, K), of the images and of their adversarial twins; y int64 (N,).
-        gamma: change that is left alone, in nats.
-        abnormal_only: mean over the abnormal examples only (see abnormal), 0 where there are none.
+    Args: gamma, change that is left alone, in nats; abnormal_only, whether the mean is over the
+        abnormal examples only (0 where there are none). The others as for delta_energy.
     Source: equation (7) of Mirza et al. 2025, as a public reimplementation gives it.
     """
     excess = F.relu(delta_energy_norm(logits, logits_adv, y) - gamma)
@@ -334,21 +269,21 @@ def beta_at(config, progress):
     return config.beta * (min(1.0, since / config.der_ramp) if config.der_ramp else 1.0)
 
 
-def trades_loss(logits, logits_adv, y, beta=6.0):
-    """(E13) TRADES: CE(f(x), y) + beta * KL(p(.|x) || p(.|x*)). A scalar.
-
-    In energies KL = sum_k p(k|x) (E(x*, k) - E(x, k)) + dE(x): part of what TRADES presses down IS
-    the delta energy. Its authors pass x through the network twice in train mode, which moves
-    BatchNorm's statistics further; here once.
-    Source: Zhang et al. 2019; the identity: Mirza et al. 2024, proposition 1.
-    """
-    return F.cross_entropy(logits.float(), y) + beta * kl_per_image(logits, logits_adv).mean()
+def training_attack(model, x, y, eps, config, generator=None):
+    """x* as config.method makes it; "none" makes none."""
+    attack = METHODS[config.method].attack
+    if attack is None:
+        return x
+    options = dict(norm=config.norm, batchnorm=config.attack_bn, generator=generator)
+    if attack not in SINGLE_STEP:
+        options |= dict(steps=config.attack_steps, step_size=config.attack_step or None)
+    return attack(model, x, y, eps, **options)
 
 
 def training_loss(model, x, y, x_adv, noise, beta, config):
-    """Everything that is minimised: the method's loss plus the regularizers that are switched on.
+    """Everything that is minimised: the method's loss and the regularizers that are switched on.
 
-    Args: beta, the weight of DER at this step, 0 where it is off.
+    Args: noise, GradAlign's (N, C, H, W); beta, the weight of DER now, 0 where it is off.
     Returns: the loss (scalar) and the logits of x_adv (N, K).
     """
     method = METHODS[config.method]
@@ -357,12 +292,9 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
     loss = method.loss(logits, logits_adv, y, config.method_beta)
     if beta:
         penalty = der(logits, logits_adv, y, config.gamma, config.der_on == "abnormal")
-        if config.der_on == "abnormal" and dist.is_initialized():
-            # Each process has met other AAEs: its mean counts by its share of all of them.
+        if config.der_on == "abnormal":  # a process counts by its share of all processes' AAEs
             own = abnormal(logits, logits_adv, y).sum().float()
-            total = own.clone()
-            sum_over_processes([total])
-            penalty = penalty * own * world()[1] / total.clamp_min(1)
+            penalty = penalty * (own / mean_over_processes([own.clone()])[0].clamp_min(1e-9))
         loss = loss + beta * penalty
     if config.grad_align:
         with attack_mode(model, "train", freeze=False):
@@ -377,102 +309,79 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
 def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch_size=500):
     """Accuracies and energies of a model on images, clean and under FGSM and PGD.
 
-    Args: x (N, C, H, W), uint8 or float in [0, 1], and y int64 (N,), on the model's device; eps,
-        steps and norm of the attacks (PGD: one random start, step eps / 4, the same noise at every
-        call).
-    Returns: dict of floats, means over the images: clean_acc, fgsm_acc, pgd_acc and fgsm_aae (the
-        share of AAEs under FGSM), all in [0, 1]; energy, E(x); delta_energy_fgsm and
-        delta_energy_pgd, dE(x); abs_delta_energy_pgd, |dE(x)|; delta_energy_xy_pgd, dE(x, y); and
-        n, how many images. Energies are in nats.
+    Args: x (N, C, H, W), uint8 or float in [0, 1], and y, on the model's device; eps, steps, norm
+        of the attacks (PGD: one random start, step eps / 4, the same noise at every call).
+    Returns: dict of means: clean_acc, fgsm_acc, pgd_acc and fgsm_aae (share of AAEs under FGSM), in
+        [0, 1]; energy, E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd,
+        |dE(x)|; delta_energy_xy_pgd, dE(x, y), in nats; and n, how many images.
     """
     generator = torch.Generator(x.device).manual_seed(0)
-    logits = {"clean": [], "fgsm": [], "pgd": []}
+    clean, single, multi = [], [], []
     with attack_mode(model), autocast(x.device, dtype), true_fp32():
         for xb, yb in zip(x.split(batch_size), y.split(batch_size)):
             xb = as_pixels(xb)
-            logits["clean"].append(model(xb))
-            options = dict(norm=norm, validate=False)
-            logits["fgsm"].append(model(fgsm(model, xb, yb, eps, **options)))
-            x_adv = pgd(model, xb, yb, eps, steps, generator=generator, **options)
-            logits["pgd"].append(model(x_adv))
-    clean, single, multi = (torch.cat(logits[k]).float() for k in ("clean", "fgsm", "pgd"))
-    found = {f"{k}_acc": (torch.cat(v).argmax(1) == y).float().mean() for k, v in logits.items()}
-    found["fgsm_aae"] = abnormal(clean, single, y).float().mean()
-    found["energy"] = energy_x(clean).mean()
-    found["delta_energy_fgsm"] = delta_energy(clean, single).mean()
-    found["delta_energy_pgd"] = delta_energy(clean, multi).mean()
-    found["abs_delta_energy_pgd"] = delta_energy(clean, multi).abs().mean()
-    found["delta_energy_xy_pgd"] = delta_energy(clean, multi, y).mean()
-    return {"n": len(x)} | {k: v.item() for k, v in found.items()}
+            clean.append(model(xb))
+            single.append(model(fgsm(model, xb, yb, eps, norm=norm)))
+            multi.append(model(pgd(model, xb, yb, eps, steps, norm=norm, generator=generator)))
+    clean, single, multi = (torch.cat(logits).float() for logits in (clean, single, multi))
+    means = {
+        "clean_acc": clean.argmax(1) == y, "fgsm_acc": single.argmax(1) == y,
+        "pgd_acc": multi.argmax(1) == y, "fgsm_aae": abnormal(clean, single, y),
+        "energy": energy_x(clean), "delta_energy_fgsm": delta_energy(clean, single),
+        "delta_energy_pgd": delta_energy(clean, multi),
+        "abs_delta_energy_pgd": delta_energy(clean, multi).abs(),
+        "delta_energy_xy_pgd": delta_energy(clean, multi, y),
+    }  # fmt: skip
+    return {"n": len(x)} | {k: v.float().mean().item() for k, v in means.items()}
 
 
-@dataclass
-class OverfittingMonitor:
-    """Says in words whether training is healthy, from measurements on the VALIDATION split.
+def catastrophic_overfitting(pgd_acc, single_step_acc, best_pgd_acc):
+    """Has PGD accuracy collapsed while single-step accuracy holds? A sentence that says so, or "".
 
-    Catastrophic overfitting (CO): PGD accuracy collapses while single-step accuracy holds. Neither
-    the share of AAEs nor dE is asked: on the stored runs the accuracies missed least and rang
-    falsely never (tutorials/alarms.py). Robust overfitting (RO): PGD accuracy decays from its best
-    while accuracy on the attacked training images keeps rising.
+    Three numbers in [0, 1], of one epoch; the best so far includes this one. Neither the share of
+    AAEs nor dE is asked: on the stored runs the accuracies missed fewest collapses and rang least
+    without one (tutorials/alarms.py).
     """
+    apart = single_step_acc - pgd_acc >= 0.12 and pgd_acc <= 0.35 * single_step_acc  # healthy: half
+    fallen = pgd_acc < 0.6 * best_pgd_acc
+    never_rose = single_step_acc >= 0.5 and pgd_acc <= 0.1 * single_step_acc
+    if not (apart and (fallen or never_rose)):
+        return ""
+    return (f"Catastrophic overfitting: PGD accuracy is {pgd_acc:.1%} (best {best_pgd_acc:.1%})"
+            f" while single-step accuracy is {single_step_acc:.1%} (alarm when PGD keeps less than"
+            " 35% of it)")  # fmt: skip
 
-    co_gap: float = 0.12  # CO: single-step accuracy exceeds PGD accuracy by that much ...
-    co_ratio: float = 0.35  # ... PGD keeps less than that share of it (healthy: .5 and more) ...
-    co_fall: float = 0.60  # ... and has fallen below this share of its own best,
-    co_never: tuple = (0.5, 0.1)  # or never rose: single-step above .5, PGD below a tenth of that
-    ro_drop: float = 0.04  # RO: PGD accuracy lies that far below its best, and 1.5 standard errors
-    ro_rise: float = 0.05  # ... while training accuracy has risen by that much since
-    ro_window: int = 3  # both as means over that many epochs: one epoch is too noisy to judge by
-    best: float = 0.0  # best PGD accuracy so far, of one measurement
-    recent: list = field(default_factory=list)  # (PGD, training accuracy) of the last epochs
-    peak: list = field(default_factory=list)  # best mean PGD accuracy, training accuracy, epoch
 
-    def catastrophic(self, found, when, train_adv_acc=0.0):
-        """A sentence why `found` (see evaluate) shows CO, or "". when: such as "epoch 5".
+def robust_overfitting(pgd_acc, train_acc, n, window=3):
+    """Does PGD accuracy decay from its best while that on TRAINING images rises? A sentence, or "".
 
-        train_adv_acc: accuracy on the training attack's images, where that is single-step at full
-        eps. A model attacked in BatchNorm's train mode learns to fool that very attack, and FGSM in
-        eval mode need not show it.
-        """
-        pgd_acc, single = found["pgd_acc"], max(found["fgsm_acc"], train_adv_acc)
-        self.best = max(self.best, pgd_acc)
-        apart = single - pgd_acc >= self.co_gap and pgd_acc <= self.co_ratio * single
-        fallen = pgd_acc < self.co_fall * self.best
-        never = single >= self.co_never[0] and pgd_acc <= self.co_never[1] * single
-        if not (apart and (fallen or never)):
-            return ""
-        return (
-            f"Catastrophic overfitting struck at {when}: PGD accuracy fell to {pgd_acc:.1%}"
-            f" (best {self.best:.1%}) while single-step accuracy is"
-            f" {single:.1%} (alarm when PGD keeps less than {self.co_ratio:.0%} of it);"
-            f" delta energy under PGD {found['delta_energy_pgd']:+.2f}"
-        )
-
-    def robust(self, found, train_adv_acc, epoch):
-        """A reason why the last epochs show RO, or ""."""
-        self.recent = (self.recent + [(found["pgd_acc"], train_adv_acc)])[-self.ro_window :]
-        if len(self.recent) < self.ro_window:
-            return ""
-        pgd_acc, train_acc = (sum(v) / self.ro_window for v in zip(*self.recent))
-        if not self.peak or pgd_acc > self.peak[0]:
-            self.peak = [pgd_acc, train_acc, epoch]
-        best, train_then, when = self.peak
-        limit = max(self.ro_drop, 1.5 * math.sqrt(best * (1 - best) / found["n"]))
-        struck = best - pgd_acc >= limit and train_acc - train_then >= self.ro_rise
-        if not struck:
-            return ""
-        return (
-            f"Robust overfitting by epoch {epoch}: PGD accuracy on held-out images fell from"
-            f" {best:.1%} (around epoch {when}) to {pgd_acc:.1%} (alarm at"
+    Args: both accuracies, a list with a number per epoch; n, images behind each PGD accuracy.
+    Means over `window` epochs are compared (one is too noisy to judge by): the fall must be 4
+    points and 1.5 standard errors, the rise 5 points.
+    """
+    if len(pgd_acc) < window:
+        return ""
+    box = np.full(window, 1 / window)
+    pgd_acc, train_acc = (np.convolve(v, box, "valid") for v in (pgd_acc, train_acc))
+    peak = int(pgd_acc.argmax())
+    best, then = pgd_acc[peak], train_acc[peak]
+    limit = max(0.04, 1.5 * math.sqrt(best * (1 - best) / n))
+    if best - pgd_acc[-1] < limit or train_acc[-1] - then < 0.05:
+        return ""
+    return (f"Robust overfitting: PGD accuracy on held-out images fell from {best:.1%},"
+            f" {len(pgd_acc) - 1 - peak} epochs ago, to {pgd_acc[-1]:.1%} (alarm at"
             f" {100 * limit:.1f} points less) while on attacked training images it rose from"
-            f" {train_then:.1%} to {train_acc:.1%};"
-            f" delta energy under PGD is {found['delta_energy_pgd']:+.2f}"
-        )
+            f" {then:.1%} to {train_acc[-1]:.1%}")  # fmt: skip
 
 
-# ==== 5. The training loop: one for every method ==================================================
-
-SCHEDULES = ["triangular", "piecewise", "cosine", "constant"]
+# ==== 5. Training: one loop for every method ======================================================
+#
+# Why training against ONE step can collapse at all. The attack takes the slope of the loss at x and
+# trusts that it holds for a whole eps. The network is rewarded for being right at the one point
+# where that step lands, and bending the landscape between x and there is cheaper than becoming
+# robust: the slope at x then points away from the danger, FGSM lands on harmless points (AAEs), and
+# accuracy on them soars, while PGD, which looks again on its way, finds everything wrong. The loss
+# looks at x* alone and cannot see this. DER can: across a bend, the energies of x and x* differ.
 
 
 def lr_at(config, progress):
@@ -492,402 +401,242 @@ def eps_at(config, epochs_done):
     Why: in the first steps the landscape is rough and the full eps carries single-step training
     straight into collapse, with DER too; grown into, it usually does not.
     """
-    warmth = min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0
-    return config.eps * warmth
-
-
-def attack_start(x, method, eps, norm, generator=None):
-    """Where the training attack starts from: images like x.
-
-    The Gaussian start of TRADES, x + .001 N(0, 1), is as good as none for cross-entropy, but KL has
-    zero gradient at x itself and needs to be nudged off it.
-    """
-    start = METHODS[method].start
-    if start in ("none", "zero"):
-        return x
-    if start == "gauss":
-        return x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
-    noise = random_noise(x, 2 * eps if start == "wide" else eps, norm, generator)
-    return (x + noise).clamp(0, 1)
-
-
-def training_attack(model, x, y, start, eps, config):
-    """x* as config.method makes it, from `start` (see attack_start)."""
-    # BatchNorm in train mode, as published training code runs it: on shapes FGSM then reaches 20
-    # to 22% under PGD in each of five seeds before it collapses, in eval mode 3 to 20%.
-    options = dict(norm=config.norm, start=start, batchnorm=config.attack_bn, validate=False)
-    method = METHODS[config.method]
-    if method.start == "none":
-        return x
-    if method.multi_step:
-        step = config.attack_step or None
-        return pgd(model, x, y, eps, config.attack_steps, step, loss=method.climbs, **options)
-    single_step = {"zero": fgsm, "ball": rs_fgsm, "wide": n_fgsm}[method.start]
-    return single_step(model, x, y, eps, **options)
+    return config.eps * (min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0)
 
 
 # What every step gives away for nothing (see Trainer.step), as means over an epoch.
 TRACKED = ["train_adv_acc", "train_adv_aae", "train_adv_delta_energy", "train_adv_delta_energy_xy"]
 
-
-HISTORY = [  # of history.csv; on test images, but for train_... and val_...; energies in nats
-    "epoch", "lr", "train_loss", "clean_acc", "fgsm_acc", "pgd_acc", "val_pgd_acc",
-    "energy", "delta_energy_fgsm", "delta_energy_pgd", "abs_delta_energy_pgd",
-    "train_delta_energy_pgd", "verdict", "seconds", "val_fgsm_acc", "val_delta_energy_pgd",
-    "probe_seconds", "fgsm_aae", "val_fgsm_aae", *TRACKED,
-]  # fmt: skip
-
-REACTIONS = ["continue", "stop", "rollback", "der"]
-
-
 class Trainer:
-    """The state of a run: model, optimiser, averaged weights, monitor, history, best so far."""
+    """One run: `for record in Trainer(config, data).run(): ...` trains, measures, keeps the best.
 
-    RESUMED = ("best", "history", "alarms", "epoch", "finished", "reason", "schedule_start")
+    Args, records and errors: see `train`.
+    """
 
-    def __init__(self, config, data, model, resume=None):
+    def __init__(self, config, data, model=None, resume=None):
         check_config(config)
-        self.config, self.model = dataclasses.replace(config), model
+        self.config = dataclasses.replace(config)  # ours: a rescue switches DER on
         self.device = pick_device(config.device)
         self.dtype = pick_precision(config.precision, self.device)
         self.data = data.to(self.device)
-        model.to(self.device)
+        model = (build_model(config, data) if model is None else model).to(self.device)
+        if world()[1] > 1 and self.device.type == "cuda":  # on CPUs there is no such layer
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model
         self.net = torch.compile(model) if config.compile else model  # same weights, faster calls
-        size, n = config.batch_size, len(data.x_train)
-        self.steps = n // size  # per epoch; a last partial batch is left out
-        if self.steps < 1:
+        self.optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum,
+                                         weight_decay=config.weight_decay)  # fmt: skip
+        n, size = len(data.x_train), config.batch_size
+        if size > n:
             raise BadInput(f"batch_size {size} exceeds the {n} training images")
         if size % world()[1]:
             raise BadInput(f"batch_size {size} is not divisible by {world()[1]} processes")
-        decay = config.weight_decay
-        self.optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, 0, decay)
-        self.ema = copy.deepcopy(model) if config.ema else None
-        self.judged = self.ema or model  # what is measured and kept
-        parts = {"model": model, "optimizer": self.optimizer, "ema": self.ema}
-        self.parts = {k: part for k, part in parts.items() if part}
-        self.monitor, self.epoch, self.finished = OverfittingMonitor(), 0, False
-        self.schedule_start = 0  # the epoch from which the learning rate counts; a rescue moves it
-        self.verdict_now, self.reason = "at chance", ""  # of the last measurement, the last alarm
-        self.history, self.alarms, self.saved_epoch = [], [], 0
-        self.best = {"accuracy": -1.0, "epoch": 0, **self.snapshot()}  # under PGD, on validation
-        self.fingerprint = checksum(data)
+        self.steps = n // size  # per epoch; a last partial batch is left out
+        self.epoch, self.history, self.alarms, self.stopped = 0, [], [], False
+        self.restarted = 0  # the epoch from which schedule and alarms count; a rescue moves it
+        weights = copy.deepcopy(model.state_dict())
+        self.best = {"accuracy": -1.0, "epoch": 0, "weights": weights}  # on validation
         if resume:
-            self.restore(resume["training"])
+            restore_run(self, resume["training"])
 
-    def snapshot(self):
-        """A copy of all tensors that training changes."""
-        return copy.deepcopy({k: part.state_dict() for k, part in self.parts.items()})
+    def run(self, folder=None, on_progress=None):
+        """Trains to the end; see `train` for what it yields.
 
-    def load_snapshot(self, parts):
-        """Puts the tensors of a snapshot back, copied, so that it stays what it was."""
-        for k, part in self.parts.items():
-            part.load_state_dict(copy.deepcopy(parts[k]))
+        All randomness of an epoch follows from (seed, epoch): that is why a resumed run needs no
+        random state to repeat an uninterrupted one bit for bit.
+        """
+        config, n = self.config, len(self.data.x_train)
+        if self.epoch == 0:
+            save_run(self, folder)
+        while self.epoch < config.epochs and not self.stopped:
+            # Train: every image once, in a new order (drawn on the CPU: the same on every device).
+            began, steps, seed = time.perf_counter(), [], config.seed * 100_003 + self.epoch
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator(self.device).manual_seed(seed + 2**40 * world()[0])
+            batches = order.to(self.device).split(config.batch_size)[: self.steps]
+            self.model.train()
+            for i, rows in enumerate(batches):
+                progress = (self.epoch + i / self.steps) / config.epochs
+                steps.append(self.step(own_share(rows), generator, progress))
+                if on_progress:
+                    on_progress(self.epoch, i + 1, self.steps)
+            self.epoch += 1
 
-    def restore(self, saved):
-        """Takes up a run where its checkpoint left it. Raises: RunError, BadInput."""
-        row = dict.fromkeys(HISTORY, 0.0) | {"epoch": 0, "verdict": ""}
-        alarm = {"verdict": "", "reason": "", "action": "", "der": False}
-        like = self.checkpoint()["training"] | {"history": [row], "alarms": [alarm]}
-        try:
-            epochs = [0, saved["schedule_start"], saved["epoch"], len(saved["history"])]
-            fits = alike(saved, like) and epochs == sorted(epochs) and epochs[2] == epochs[3]
-            for part in (saved["best"], saved["now"]):  # a rescue may ask for the best later on
-                self.load_snapshot(part)
-                [kept["momentum_buffer"].view_as(p) for p, kept in self.optimizer.state.items()]
-            self.monitor = OverfittingMonitor(**saved["monitor"])
-            [torch.tensor(value) for value in saved["monitor"].values()]  # numbers, lists of them
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-            fits = False
-        if not fits or saved["data"] != self.fingerprint:
-            images = "" if not fits else ": the training images are not those it began with"
-            raise RunError(f"the checkpoint does not fit this run{images}; not resumed")
-        stopped = any(alarm["action"] in ("stop", "rollback") for alarm in saved["alarms"])
-        if saved["finished"] and saved["epoch"] < self.config.epochs and not stopped:
-            ended = f"that run ended at epoch {saved['epoch']}"
-            raise BadInput(f"{ended}: start a new one to train longer")
-        if saved["der"] and not self.config.der:  # a rescue has switched DER on, at once
-            self.config.der, self.config.der_from = True, 0.0
-        vars(self).update(copy.deepcopy({k: saved[k] for k in self.RESUMED}))
-        self.finished = self.finished or self.epoch >= self.config.epochs
-        self.saved_epoch = self.epoch
+            (steps,) = mean_over_processes([torch.stack(steps).double()])
+            row = dict(zip(["train_loss", *TRACKED], steps.mean(0).tolist()))
+            lr = self.optimizer.param_groups[0]["lr"]
+            row |= {"epoch": self.epoch, "lr": lr, "seconds": time.perf_counter() - began}
 
-    def checkpoint(self):
-        """What last.pt holds: enough to use the model, and enough to go on as if never stopped."""
-        return {
-            "format": "ebm-at 1", "spec": getattr(self.model, "spec", None),
-            "classes": self.data.classes,
-            "config": dataclasses.asdict(self.config), "epoch": self.epoch,
-            "model": self.judged.state_dict(),
-            "training": {
-                "now": self.snapshot(), "monitor": dataclasses.asdict(self.monitor),
-                "data": self.fingerprint, "der": self.config.der,
-                **{k: getattr(self, k) for k in self.RESUMED},
-            },
-        }  # fmt: skip
+            # Measure. What is not finite stops the run before a checkpoint could be overwritten.
+            row |= self.measure()
+            if not math.isfinite(row["train_loss"] + row["energy"]):
+                cure = "the last good checkpoint is kept; try a lower lr or beta, or fp32"
+                raise RunError(f"loss or weights became NaN in epoch {self.epoch}; {cure}")
+            self.history.append({k: row.get(k) for k in HISTORY})
 
-    def save(self, folder):
-        """Writes last.pt (model and everything resume needs) and best.pt (model only)."""
-        if folder is None or world()[0] > 0:  # only one process writes
-            return
-        last = self.checkpoint()
-        save_checkpoint(os.path.join(folder, "last.pt"), last)
-        best = {k: v for k, v in last.items() if k != "training"}
-        kept = self.best["ema" if self.ema else "model"]
-        best |= {"epoch": self.best["epoch"], "model": kept}
-        save_checkpoint(os.path.join(folder, "best.pt"), best)
-        self.saved_epoch = self.epoch
+            # Judge, and keep the best epoch: by its accuracy on validation, never on test.
+            alarm = self.react()
+            accuracy = row["clean_acc" if config.method == "none" else "val_pgd_acc"]
+            if not alarm and accuracy > self.best["accuracy"]:
+                weights = copy.deepcopy(self.model.state_dict())
+                self.best = {"accuracy": accuracy, "epoch": self.epoch, "weights": weights}
+            save_run(self, folder)
+            if alarm:
+                yield alarm
+            yield {"kind": "epoch", **self.history[-1]}
+        self.model.eval()  # so that whoever uses it next neither sees nor moves batch statistics
 
-    def probe(self, split, size):
-        """Measures `size` images of a split, always the same ones, at the run's full eps."""
-        began = time.perf_counter()
-        x, y = getattr(self.data, f"x_{split}"), getattr(self.data, f"y_{split}")
-        rows = evenly(size, len(y)).to(self.device)
-        x, y = x[rows], y[rows]
-        found = evaluate(self.judged, x, y, self.config.eps, 10, self.config.norm, self.dtype)
-        if dist.is_initialized():  # all processes must decide alike: what rank 0 measured counts
-            values = torch.tensor(list(found.values()), device=self.device)
-            dist.broadcast(values, 0)
-            found = dict(zip(found, values.tolist()))
-        self.probing += time.perf_counter() - began
-        return found
-
-    def step(self, rows, generator, at):
-        """One step of SGD on the images `rows` (of the global batch), `at` a fraction of the run.
+    def step(self, rows, generator, progress):
+        """One step of SGD on the images `rows`, at `progress` in [0, 1) of the run.
 
         Returns: the loss and the means of TRACKED, a tensor: reading it would stall a GPU.
         """
-        config, model = self.config, self.net
-        epochs_done = at * config.epochs
-        beta = beta_at(config, at)
-        eps = eps_at(config, epochs_done)
+        config, epochs_done = self.config, progress * self.config.epochs
+        beta, eps = beta_at(config, progress), eps_at(config, epochs_done)
         x = as_pixels(augment(self.data.x_train[rows], config.augment, generator))
-        start = share(attack_start(x, config.method, eps, config.norm, generator))
-        noise = share(random_noise(x, eps, config.norm, generator)) if config.grad_align else None
-        x, y = share(x), share(self.data.y_train[rows])
+        y = self.data.y_train[rows]
+
+        # The attack. BatchNorm sees the batch (attack_bn "train"), as in published training code:
+        # on shapes FGSM then reaches 20 to 22% under PGD in each of five seeds before it collapses,
+        # with running statistics 3 to 20%. Its first look at the model is at its start, the loss's
+        # is at x*: what the attack does to the energies costs nothing to know.
+        seen = []
+        fast = partial(autocast, self.device, self.dtype)
+        with self.net.register_forward_hook(lambda m, i, out: seen.append((i[0], out.detach()))):
+            with fast():
+                x_adv = training_attack(self.net, x, y, eps, config, generator)
+        start, logits = seen[0] if seen else (x, None)
+        if seen and config.attack_bn == "eval":  # the loss has batch statistics: look with those
+            with torch.no_grad(), attack_mode(self.net, "train"), fast():
+                logits = self.net(start)
+        noise = random_noise(x, eps, config.norm, generator) if config.grad_align else None
 
         def objective():
-            """The loss and the logits of x*, in an autocast context of its own: it remembers the
-            weights it has cast until it is left, and AWP moves them between two calls."""
-            with autocast(self.device, self.dtype):
-                return training_loss(model, x, y, x_adv, noise, beta, config)
+            """Loss and logits of x*, in an autocast of its own: it remembers the weights it has
+            cast, and AWP moves them between two calls."""
+            with fast():
+                return training_loss(self.net, x, y, x_adv, noise, beta, config)
 
-        # The attack's first look at the model is at its start (where KL is climbed, at x), the
-        # loss's is at x*: what the attack does to the energies costs nothing to know.
-        seen = []
-        with model.register_forward_hook(lambda m, i, logits: seen.append(logits.detach())):
-            with autocast(self.device, self.dtype):
-                x_adv = training_attack(model, x, y, start, eps, config)
-        if seen and config.attack_bn == "eval":  # the loss has batch statistics: look with those
-            with torch.no_grad(), attack_mode(model, "train"), autocast(self.device, self.dtype):
-                seen = [model(start)]
+        # The descent: at shifted weights if AWP is on, at a rate that follows the schedule.
         self.optimizer.zero_grad()
-        shift = adversarial_weights(model, lambda: objective()[0], config.awp)
-        awp = config.awp and epochs_done >= config.awp_warmup
-        with shift if awp else contextlib.nullcontext():
+        awp = config.awp if epochs_done >= config.awp_warmup else 0.0
+        with adversarial_weights(self.model, lambda: objective()[0], awp):
             loss, logits_adv = objective()
             loss.backward()
-        gradients = [p.grad for p in model.parameters()]
-        sum_over_processes(gradients)
-        if world()[1] > 1:
-            torch._foreach_div_(gradients, world()[1])
-        progress = (epochs_done - self.schedule_start) / (config.epochs - self.schedule_start)
-        self.optimizer.param_groups[0]["lr"] = lr_at(config, progress)
+        mean_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
+        done = (epochs_done - self.restarted) / (config.epochs - self.restarted)
+        self.optimizer.param_groups[0]["lr"] = lr_at(config, done)
         self.optimizer.step()
-        if self.ema:
-            self.average_weights(round(epochs_done * self.steps) + 1)
         with torch.no_grad():
-            pair = (seen[0] if seen else logits_adv), logits_adv
+            pair = (logits if seen else logits_adv), logits_adv
             tracked = [logits_adv.argmax(1) == y, abnormal(*pair, y), delta_energy(*pair),
                        delta_energy(*pair, y)]  # fmt: skip
             return torch.stack([loss.detach(), *(t.float().mean() for t in tracked)])
 
-    @torch.no_grad()
-    def average_weights(self, steps):
-        """Exponential moving average of weights and BatchNorm statistics: e <- d e + (1 - d) w.
+    def measure(self):
+        """The epoch's columns that are measured, at the run's full eps, on the same images always.
 
-        It looks back over about 1 / (1 - d) steps. Early on d is lower, so that this is a third of
-        the `steps` done: the untrained weights it began with are forgotten within an epoch or two.
+        The verdict rests on validation, which gets the most images (400: a standard error of 2
+        points); test and train are only watched.
         """
-        decay = min(self.config.ema, steps / (steps + 3))
-        for kept, now in zip(self.ema.state_dict().values(), self.model.state_dict().values()):
-            floats = kept.is_floating_point()  # all but BatchNorm's count of batches
-            kept.copy_(kept.lerp(now, 1 - decay) if floats else now)
+        began, config, found = time.perf_counter(), self.config, {}
+        for split, share in (("test", 2), ("val", 1), ("train", 4)):
+            x, y = getattr(self.data, f"x_{split}"), getattr(self.data, f"y_{split}")
+            rows = evenly(math.ceil(config.probe_size / share), len(y)).to(self.device)
+            prefix = "" if split == "test" else f"{split}_"
+            told = evaluate(self.model, x[rows], y[rows], config.eps, 10, config.norm, self.dtype)
+            found |= {prefix + k: v for k, v in told.items()}
+        if dist.is_initialized():  # all processes must decide alike: what rank 0 measured counts
+            values = torch.tensor(list(found.values()), device=self.device, dtype=torch.float64)
+            dist.broadcast(values, 0)
+            found = dict(zip(found, values.tolist()))
+        return found | {"probe_seconds": time.perf_counter() - began}
 
-    def run_epoch(self, on_progress=None):
-        """Trains for one epoch and measures; yields a record per alarm and then the epoch's row.
+    def diagnose(self):
+        """(verdict, why) of the last epoch: healthy, CO, RO, decayed, at chance or not robust."""
+        config, last = self.config, self.history[-1]
+        accuracy = f"PGD accuracy is {last['val_pgd_acc']:.1%}"
+        if config.method == "none":
+            return "not robust", f"Not trained for robustness: {accuracy}"
+        # Measured at full eps: until the attack has grown to it, low accuracy is no collapse.
+        since = max(self.restarted + 1, config.eps_warmup)
+        rows = [r for r in self.history if r["epoch"] >= since]
+        pgd_acc, train_acc = ([r[k] for r in rows] for k in ("val_pgd_acc", "train_adv_acc"))
+        best = max(pgd_acc, default=0.0)
+        if rows:
+            single = last["val_fgsm_acc"]
+            if METHODS[config.method].attack in SINGLE_STEP and self.epoch > config.eps_warmup + 1:
+                single = max(single, last["train_adv_acc"])  # FGSM in eval mode may not show it
+            if why := catastrophic_overfitting(pgd_acc[-1], single, best):
+                return "CO", why
+            n = min(config.probe_size, len(self.data.y_val))
+            if why := robust_overfitting(pgd_acc, train_acc, n):
+                return "RO", why
+        # One answer for all images is right for one in K, whatever an attack does: no merit.
+        if last["val_pgd_acc"] <= 1 / len(self.data.classes):
+            return "at chance", f"No better than one answer for all: {accuracy}"
+        if last["val_pgd_acc"] < 0.6 * best:  # no overfitting: too much is asked of the network
+            return "decayed", f"{accuracy} (best {best:.1%}): try a lower lr, or less DER (beta)"
+        return "healthy", (
+            f"Healthy: on held-out images {accuracy} (best {self.best['accuracy']:.1%}), FGSM"
+            f" accuracy {last['val_fgsm_acc']:.1%}, delta energy under PGD"
+            f" {last['val_delta_energy_pgd']:+.2f}"
+        )
 
-        All randomness of an epoch comes from a generator seeded by (seed, epoch): that is why a
-        resumed run needs no random state to repeat an uninterrupted one bit for bit.
+    def react(self):
+        """Judges the last epoch; on the first alarm of a kind does what on_overfit says.
+
+        Returns: the alarm's record, or None.
         """
-        config, began, self.probing = self.config, time.perf_counter(), 0.0
-        seed = config.seed * 100_003 + self.epoch
-        on_cpu = torch.Generator().manual_seed(seed)  # one order of the images on every device
-        order = torch.randperm(len(self.data.x_train), generator=on_cpu).to(self.device)
-        generator = torch.Generator(self.device).manual_seed(seed)
-        steps = []  # loss and TRACKED of each: (1 + 4,)
-        self.model.train()
-        for i in range(self.steps):
-            rows = order[i * config.batch_size : (i + 1) * config.batch_size]
-            at = (self.epoch + i / self.steps) / config.epochs
-            steps.append(self.step(rows, generator, at))
-            if on_progress:
-                on_progress(self.epoch, i + 1, self.steps)
-            done = i + 1  # CO strikes within an epoch
-            if done % config.probe_every == 0 and done < self.steps:
-                self.mean_step(steps)
-                found = self.probe("val", min(200, config.probe_size))  # few: it must stay cheap
-                yield from self.react(found, f"epoch {self.epoch + 1}, step {i + 1}")
-                if self.finished:
-                    return
-        row = self.mean_step(steps)
-        self.epoch += 1
-        yield from self.measure(row, began)
-
-    def mean_step(self, steps):
-        """The epoch's means so far, as columns of HISTORY; refuses to go on once a loss is NaN."""
-        totals = torch.stack(steps)
-        sum_over_processes([totals])
-        totals = (totals / world()[1]).cpu().double()
-        for step in (~totals[:, 0].isfinite()).nonzero()[:1, 0].tolist():
-            loss = totals[step, 0]
-            self.diverged(f"the loss became {loss} at step {step + 1} of", self.epoch + 1)
-        return dict(zip(["train_loss", *TRACKED], totals.mean(0).tolist()))
-
-    def diverged(self, what, epoch):
-        """Raises the RunError of a run that cannot go on."""
-        raise RunError(f"{what} epoch {epoch}; the last good checkpoint is kept; try a lower lr or"
-                       " beta, or precision fp32")  # fmt: skip
-
-    def measure(self, means, began):
-        """Measures all splits, asks the monitor, keeps the best; yields alarms and the row.
-
-        means: the epoch's train_loss and TRACKED.
-        """
-        config = self.config
-        lr = self.optimizer.param_groups[0]["lr"]  # before a rescue puts an older optimiser back
-        val = self.probe("val", config.probe_size)  # the verdict rests on it: the largest
-        test = self.probe("test", math.ceil(config.probe_size / 2))
-        train = self.probe("train", math.ceil(config.probe_size / 4))
-        if not math.isfinite(val["energy"]):
-            self.diverged("the weights became non-finite in", self.epoch)
-        alarms = list(self.react(val, f"epoch {self.epoch}", means["train_adv_acc"]))
-        accuracy = val["clean_acc" if config.method == "none" else "pgd_acc"]
-        if not alarms and accuracy > self.best["accuracy"]:
-            self.best = {"accuracy": accuracy, "epoch": self.epoch, **self.snapshot()}
-        row = test | means | {
-            "epoch": self.epoch, "lr": lr,
-            "val_pgd_acc": val["pgd_acc"], "val_fgsm_acc": val["fgsm_acc"],
-            "val_fgsm_aae": val["fgsm_aae"],
-            "val_delta_energy_pgd": val["delta_energy_pgd"], "verdict": self.verdict_now,
-            "train_delta_energy_pgd": train["delta_energy_pgd"], "probe_seconds": self.probing,
-            "seconds": time.perf_counter() - began - self.probing,
-        }  # fmt: skip
-        self.history.append({k: row[k] for k in HISTORY})
-        self.finished = self.finished or self.epoch >= config.epochs
-        yield from alarms
-        yield {"kind": "epoch", **self.history[-1]}
-
-    def react(self, found, when, train_adv_acc=None):
-        """Asks the monitor; on the first alarm of a kind does what on_overfit says, and yields it.
-
-        found: see evaluate; train_adv_acc: only at the end of an epoch (RO needs whole epochs).
-        """
-        if self.config.method == "none":  # no robustness to lose
-            self.verdict_now = "not robust"
-            return
-        # A constant answer is right for one image in K, whatever an attack does: no merit.
-        sound = "healthy" if found["pgd_acc"] > 1 / len(self.data.classes) else "at chance"
-        self.verdict_now = sound
-        if self.epoch < self.config.eps_warmup:  # measured at an eps that it has not met yet
-            return
-        single = 0.0 if METHODS[self.config.method].multi_step else train_adv_acc or 0.0
-        if self.epoch < self.config.eps_warmup + 1:  # that accuracy was measured at a smaller eps
-            single = 0.0
-        reason, verdict = self.monitor.catastrophic(found, when, single), "CO"
-        if not reason and train_adv_acc is not None:
-            reason, verdict = self.monitor.robust(found, train_adv_acc, self.epoch), "RO"
-        if not reason:
-            return
-        self.verdict_now = verdict
-        self.reason = reason
+        verdict, why = self.diagnose()
+        self.history[-1]["verdict"] = verdict
         action, had_der = self.config.on_overfit, self.config.der
-        if (verdict, had_der) in [(alarm["verdict"], alarm["der"]) for alarm in self.alarms]:
-            return  # each kind of alarm rings once without DER, once with it
+        rung = [(a["verdict"], a["der"]) for a in self.alarms]  # each once without DER, once with
+        if verdict not in ("CO", "RO") or (verdict, had_der) in rung:
+            return None
         if action == "der" and had_der:
             action = "rollback"  # DER is on already and did not hold: keep the best there was
         if action in ("rollback", "der"):
-            self.load_snapshot(self.best)
+            self.model.load_state_dict(self.best["weights"])
         if action == "der":
             # The schedule starts anew over the epochs that are left: a triangular one from 0, so
             # that DER meets a low rate first. At a high one it would undo what was learnt.
-            self.config.der, self.schedule_start = True, self.epoch
-            self.config.der_from = 0.0  # now, not late
-            self.monitor = OverfittingMonitor()
-        self.finished = action in ("stop", "rollback")
-        self.alarms.append({"kind": "alarm", "verdict": verdict, "epoch": self.epoch, "when": when,
-                            "reason": reason, "action": action, "der": had_der,
-                            "back_to_epoch": self.best["epoch"]})  # fmt: skip
-        yield self.alarms[-1]
-
-    def run(self, folder=None, on_progress=None):
-        """Trains to the end; see `train` for what it yields."""
-        if self.epoch == 0:
-            self.save(folder)
-        while not self.finished:
-            for record in self.run_epoch(on_progress):
-                if record["kind"] == "epoch":
-                    self.save(folder)
-                yield record
-        self.save(folder)  # a stop within an epoch ends without an epoch's record
-        self.model.load_state_dict(self.judged.state_dict())
-        self.model.eval()  # so that whoever uses it next neither sees nor moves batch statistics
+            self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
+            self.optimizer.state.clear()  # no momentum from the collapse
+        self.stopped = action in ("stop", "rollback")
+        alarm = {"kind": "alarm", "verdict": verdict, "epoch": self.epoch, "reason": why}
+        alarm |= {"action": action, "der": had_der, "back_to_epoch": self.best["epoch"]}
+        self.alarms.append(alarm)
+        return alarm
 
     def verdict(self):
-        """What to say of the whole run: "healthy", "CO", "RO", "at chance" or "not robust"; why."""
+        """What to say of the whole run: a verdict as in `diagnose`, and a sentence why."""
         for alarm in self.alarms:  # CO stays the verdict even where accuracy recovers; RO may pass
             ended = alarm["action"] in ("stop", "rollback")
             if ended or (alarm["verdict"] == "CO" and alarm["action"] == "continue"):
-                return alarm["verdict"], alarm["reason"]
-        last = self.history[-1]
-        if last["verdict"] in ("CO", "RO"):
-            return last["verdict"], self.reason
-        if last["verdict"] != "healthy":
-            untrained = self.config.method == "none"
-            why = "Not trained for robustness" if untrained else "No better than one answer for all"
-            return last["verdict"], f"{why}: PGD accuracy is {last['val_pgd_acc']:.1%}"
-        rescues = [f"{a['reason']}. DER was switched on. " for a in self.alarms if not a["der"]]
-        rescue = rescues[0] if self.config.der and rescues else ""
-        return "healthy", (
-            f"{rescue}Healthy: on held-out images PGD accuracy is {last['val_pgd_acc']:.1%}"
-            f" (best {self.best['accuracy']:.1%}), FGSM accuracy {last['val_fgsm_acc']:.1%},"
-            f" delta energy under PGD {last['val_delta_energy_pgd']:+.2f}"
-        )
+                return alarm["verdict"], f"Epoch {alarm['epoch']}: {alarm['reason']}"
+        verdict, why = self.diagnose()
+        rescue = [f"{a['reason']}. DER was switched on. " for a in self.alarms if not a["der"]]
+        return verdict, "".join(rescue[:1]) + why
 
 
 def train(config, data, model=None, *, folder=None, resume=None, on_progress=None):
     """Trains a model by config.method; a generator that yields plain records as it goes.
 
-    Args:
-        config: Config, best made by `recipe`.
-        data: Data (see load_data, which is where dataset, data_dir, limit and val_fraction of a
-            Config go: here they are only recorded).
-        model: trained in place; default build_model(config, data). It ends in eval mode with the
-            last weights (with config.ema, the averaged ones).
-        folder: an existing one for last.pt and best.pt, written after every epoch; None: no file.
-        resume: what load_checkpoint read from a last.pt; goes on where that run stopped.
-        on_progress: called as (epoch, step, steps per epoch) after every step.
-    Yields: {"kind": "alarm", verdict, epoch, when, reason, action, back_to_epoch, der} when
-        overfitting strikes, and {"kind": "epoch", ...}, the columns of HISTORY, after every epoch.
+    Args: config, Config, best made by `recipe`; data, Data (see load_data); model, trained in
+        place, default build_model(config, data); folder, an existing one for last.pt and best.pt,
+        written after every epoch, or None; resume, what load_checkpoint read from a last.pt;
+        on_progress, called as (epoch, step, steps per epoch) after every step.
+    Yields: {"kind": "alarm", verdict, epoch, reason, action, back_to_epoch, der} when overfitting
+        strikes, and {"kind": "epoch", ...}, the columns of HISTORY, after every epoch.
     Raises: BadInput for settings that do not fit the data; RunError when the loss diverges or a
         checkpoint cannot be written. The last good checkpoint stays.
     """
-    model = build_model(config, data) if model is None else model
     yield from Trainer(config, data, model, resume).run(folder, on_progress)
 
 
 # ==== 6. Generation: class-wise local PCA, energy guidance, adaptive stopping =====================
-
-
+#
 # The gradients of a robust classifier look like the class: walking down E(x, y) paints class y into
 # an image. Where the walk STARTS decides how varied the pictures are, where it STOPS how good: real
 # images are not the points of lowest energy, they lie where E(x, y) has a certain value, and a walk
@@ -895,115 +644,52 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
 # class with few dimensions, and stop as soon as the energy is that of real images.
 
 
-def principal_components(flat, components):
-    """The leading principal directions of centred rows.
-
-    They are eigenvectors of the covariance (D, D), but with n < D rows those u of the Gram matrix
-    (n, n) are cheaper: the same eigenvalues s^2, and v = flat^T u / s. Where both are large and few
-    directions wanted, neither is formed: a random subspace, multiplied by the covariance again and
-    again (orthogonal iteration), turns towards the leading directions.
-
-    Args: flat (n, D); components, how many (int), or the share of variance to retain (0 < v < 1).
-    Returns: directions (P, D) with orthonormal rows, standard deviation along each (P,). Source:
-    Halko, Martinsson & Tropp 2011, algorithm 4.4.
-    """
-    n, d = flat.shape
-    # 10 more directions than wanted, and 6 rounds, make the leading ones as good as exact
-    if components >= 1 and 20 * components < min(n, d):
-        q = torch.randn(d, components + 10, generator=torch.Generator().manual_seed(0))
-        q = q.to(flat)
-        for _ in range(6):
-            q = torch.linalg.qr(flat.T @ (flat @ q))[0]  # (D, P + 10)
-        _, s, v = torch.linalg.svd(flat @ q, full_matrices=False)
-        v = v @ q.T
-    else:
-        values, u = torch.linalg.eigh(flat @ flat.T if n <= d else flat.T @ flat)  # ascending
-        s, v = values.flip(0).clamp_min(0).sqrt(), u.flip(1).T  # of covariance: rows of v (D, D)
-        if n <= d:  # of the Gram matrix: those rows are u^T (n, n)
-            v = (v @ flat) / s.clamp_min(1e-12)[:, None]
-    if components < 1:
-        retained = (s**2).cumsum(0) / (s**2).sum().clamp_min(1e-12)
-        components = int((retained < components).sum()) + 1
-    keep = min(components, int((s > 1e-3 * s[0]).sum()))  # below, a float32 Gram matrix is noise
-    return v[:keep], s[:keep] / math.sqrt(max(n - 1, 1))
-
-
 @dataclass
-class ClassPCA:
-    """(E14) One PCA per class: codes z = V_y (x - mu_y) of an image, and back, x = mu_y + V_y^T z.
+class PCA:
+    """(E13) Of ONE class: codes z = V (x - mu) of an image, and back, x = mu + V^T z.
 
-    mean (K, D); components V (K, P, D), orthonormal rows, zeros where a class has fewer than P; std
-    (K, P), of real codes; codes (n, P) and labels (n,) of all real images; shape of an image,
-    [C, H, W] with D = C H W.
+    mean mu (D,); directions V (P, D), orthonormal rows; std (P,) and codes (n, P) of the images it
+    was fitted to; shape [C, H, W] of an image, D = C H W.
     """
 
     mean: torch.Tensor
-    components: torch.Tensor
+    directions: torch.Tensor
     std: torch.Tensor
     codes: torch.Tensor
-    labels: torch.Tensor
     shape: list
-    AT_ONCE = 2**26  # floats of images in memory at a time, 256 MB: 21,845 images of 3x32x32
 
-    @classmethod
-    def fit(cls, x, y, num_classes, components=50):
-        """Fits one PCA to the images of each class, on the device they lie on.
-
-        At most AT_ONCE / D of them, taken evenly, so that memory beyond x and the result stays near
-        1 GB. Args: x, uint8, or float in [0, 1], (n, C, H, W); y int64 (n,); components, their
-        number, or the share of variance they retain. Raises: BadInput.
-        """
-        if len(y) and (y.min() < 0 or y.max() >= num_classes):
-            raise BadInput(f"labels from {y.min()} to {y.max()}, but {num_classes} classes to fit")
-        whole = 1 <= components < math.inf and components == int(components)
-        if not whole and not 0 < components < 1:
-            raise BadInput(f"components must be a whole number or a share below 1: {components}")
-        fitted = []
-        for k in range(num_classes):
-            rows = (y == k).nonzero().squeeze(1)
-            if len(rows) == 0:
-                raise BadInput(f"class {k} has no images; the PCA needs some of every class")
-            rows = rows[evenly(max(2, cls.AT_ONCE // x[0].numel()), len(rows)).to(rows.device)]
-            of_class = as_pixels(x[rows]).flatten(1)
-            mean = of_class.mean(0)
-            v, std = principal_components(of_class - mean, int(components) if whole else components)
-            fitted.append((mean, v.clone(), std))  # v is part of a matrix as large as of_class
-        most = max(1, max(len(s) for _, _, s in fitted))
-        v = torch.stack([F.pad(v, (0, 0, 0, most - len(v))) for _, v, _ in fitted])
-        std = torch.stack([F.pad(s, (0, most - len(s))) for _, _, s in fitted])
-        mean = torch.stack([mean for mean, _, _ in fitted])
-        pca = cls(mean, v, std, torch.empty(0), y, list(x.shape[1:]))
-        pca.codes = pca.encode(x, y)
-        return pca
-
-    def encode(self, x, y):
-        """Codes of images under their class's PCA: (N, C, H, W), (N,) -> (N, P)."""
-        z = torch.empty(len(x), self.std.shape[1], device=self.mean.device)
-        for k in y.unique().tolist():
-            for rows in (y == k).nonzero()[:, 0].split(1 + self.AT_ONCE // self.mean.shape[1]):
-                z[rows] = (as_pixels(x[rows]).flatten(1) - self.mean[k]) @ self.components[k].T
-        return z
-
-    def decode(self, z, y):
-        """Images of codes, not clipped to [0, 1]: (N, P), (N,) -> (N, C, H, W)."""
-        x = torch.empty(len(z), self.mean.shape[1], device=self.mean.device)
-        for k in y.unique().tolist():  # class by class: a gather of V_y would take 600 kB an image
-            rows = y == k
-            x[rows] = self.mean[k] + z[rows] @ self.components[k]
-        return x.view(len(z), *self.shape)
+    def decode(self, z):
+        """Images of codes, clipped to [0, 1]: (N, P) -> (N, C, H, W)."""
+        return (self.mean + z @ self.directions).view(len(z), *self.shape).clamp(0, 1)
 
 
-STARTS = {
-    "local-pca": "a Gaussian on the neighbourhood of a real image, in PCA space",
-    "gaussian": "one Gaussian per class, fitted in PCA space",
-    "pca": "class mean + .35 g std along each component (predecessor: .005 sqrt(n - 1); n 5,000)",
-    "mean": "the mean image of the class",
-    "noise": "uniform noise, the same for all classes",
-}
+def fit_pca(x, components=50):
+    """The PCA of the images of one class (n, C, H, W), uint8 or float in [0, 1].
+
+    components: their number, or the share of variance to retain. At most 20,000 images are used,
+    taken evenly: memory stays bounded. Raises: BadInput.
+    """
+    if not (0 < components < 1 or components in range(1, 1_000_000)):
+        raise BadInput(f"components must be a whole number or a share below 1: {components}")
+    flat = as_pixels(x[evenly(20_000, len(x)).to(x.device)]).flatten(1)
+    mean = flat.mean(0)
+    flat = flat - mean
+    if components < 1:  # a share: all directions are needed to know what the first ones retain
+        _, s, v = torch.linalg.svd(flat, full_matrices=False)
+        components = int(((s**2).cumsum(0) / (s**2).sum() < components).sum()) + 1
+    else:  # a few: a random subspace, turned towards the leading ones (Halko et al. 2011)
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            _, s, v = torch.pca_lowrank(flat, min(int(components) + 10, *flat.shape), False, 6)
+        v = v.T
+    keep = min(int(components), int((s > 1e-4 * s[0]).sum()))  # what is left is rounding
+    codes = flat @ v[:keep].T
+    std = codes.square().sum(0).div(max(len(codes) - 1, 1)).sqrt()
+    return PCA(mean, v[:keep].clone(), std, codes, list(x.shape[1:]))
 
 
-def local_codes(pca, y, neighbours=10, temperature=1.5, generator=None):
-    """(E15) z = m + sqrt(T / (k - 1)) sum_j g_j (z_j - m),  g_j ~ N(0, 1),  m = mean_j z_j.
+def local_codes(pca, n, neighbours=10, temperature=1.5, generator=None):
+    """(E14) z = m + sqrt(T / (k - 1)) sum_j g_j (z_j - m),  g_j ~ N(0, 1),  m = mean_j z_j.
 
     The z_j are the k codes nearest to that of an anchor, an image of the class drawn at random, so
     z is a draw from the Gaussian fitted to them: its covariance is T times theirs, without forming
@@ -1011,193 +697,152 @@ def local_codes(pca, y, neighbours=10, temperature=1.5, generator=None):
     The m lie closer together than the images do; T = 1.5 makes up for it (total variance of the
     codes over that of real ones: 1.06 on shapes, .91 on CIFAR-10; with T = 1 .85 and .78).
 
-    Args: y int64 (N,), classes; neighbours k, at least 2; temperature T, 0 gives the mean of each
-        neighbourhood.
-    Returns: codes (N, P). Raises: BadInput when a class has fewer than k images.
+    Returns: codes (n, P). Raises: BadInput when the class has fewer than k images.
     """
-    if neighbours < 2 or temperature < 0:
-        raise BadInput("neighbours must be at least 2 and temperature not negative")
-    z = torch.empty(len(y), pca.std.shape[1], device=pca.mean.device)
-    for k in y.unique().tolist():
-        rows, own = (y == k).nonzero().squeeze(1), pca.codes[pca.labels == k]
-        if neighbours > len(own):
-            raise BadInput(f"{neighbours} neighbours, but class {k} has only {len(own)} images")
-        draw = dict(generator=generator, device=own.device)
-        anchors = own[torch.randint(len(own), rows.shape, **draw)]
-        nearest = torch.cdist(anchors, own).topk(neighbours, largest=False).indices
-        around = own[nearest]  # (n, k, P)
-        centre = around.mean(1, keepdim=True)
-        g = torch.randn(len(rows), 1, neighbours, **draw)
-        g *= math.sqrt(temperature / (neighbours - 1))
-        z[rows] = (centre + g @ (around - centre)).squeeze(1)
-    return z
+    if not 2 <= neighbours <= len(pca.codes) or temperature < 0:
+        raise BadInput(f"need 2 to {len(pca.codes)} neighbours (the class's images), temperature >="
+                       f" 0, not {neighbours} and {temperature}")  # fmt: skip
+    draw = dict(generator=generator, device=pca.codes.device)
+    anchors = pca.codes[torch.randint(len(pca.codes), (n,), **draw)]
+    around = pca.codes[torch.cdist(anchors, pca.codes).topk(neighbours, largest=False).indices]
+    centre = around.mean(1, keepdim=True)  # around: (n, k, P)
+    g = torch.randn(n, 1, neighbours, **draw) * math.sqrt(temperature / (neighbours - 1))
+    return (centre + g @ (around - centre)).squeeze(1)
 
 
-def draw_starts(pca, y, init="local-pca", neighbours=10, temperature=1.5, generator=None):
-    """(E16) Where the walks begin: x0 = clip(mu_y + V_y^T z), z by `init`, one of STARTS.
+STARTS = ("local-pca", "gaussian", "pca", "mean", "noise")
 
-    z = 0 for mean, s .35 g for pca, s g for gaussian (s: std of real codes, g ~ N(0, 1)).
-    Args: y int64 (N,); neighbours and temperature for local-pca (see local_codes).
-    Returns: images (N, C, H, W) in [0, 1]. Raises: BadInput.
+
+def draw_starts(pca, n, init="local-pca", neighbours=10, temperature=1.5, generator=None):
+    """(E15) Where n walks of pca's class begin: x0 = clip(mu + V^T z), or uniform noise.
+
+    z by `init`, one of STARTS: local_codes for local-pca; s g for gaussian (s, std of real codes;
+    g ~ N(0, 1)); .35 s g for pca (the predecessor has .005 sqrt(n - 1), n 5,000); 0 for mean.
+    Returns: images (n, C, H, W) in [0, 1]. Raises: BadInput.
     """
     check_choice("init", init, STARTS)
-    draw = dict(generator=generator, device=pca.mean.device)
+    draw = dict(generator=generator, device=pca.codes.device)
     if init == "noise":
-        return torch.rand(len(y), *pca.shape, **draw)
+        return torch.rand(n, *pca.shape, **draw)
     if init == "local-pca":
-        z = local_codes(pca, y, neighbours, temperature, generator)
-    else:
-        scale = {"mean": 0.0, "pca": 0.35, "gaussian": 1.0}[init]
-        z = scale * pca.std[y] * torch.randn(len(y), pca.std.shape[1], **draw)
-    return pca.decode(z, y).clamp(0, 1)
+        return pca.decode(local_codes(pca, n, neighbours, temperature, generator))
+    scale = {"mean": 0.0, "pca": 0.35, "gaussian": 1.0}[init]
+    return pca.decode(scale * pca.std * torch.randn(n, len(pca.std), **draw))
 
 
-def class_energies(model, x, y, num_classes, most=500, dtype=torch.float32, batch_size=500):
+def class_energies(model, x, y, num_classes, most=500):
     """E(x, y) of real images, class by class: a list of K tensors, each (at most `most`,)."""
-    rows = [(y == k).nonzero().squeeze(1)[:most] for k in range(num_classes)]
-    for k, found in enumerate(rows):
-        if len(found) == 0:
-            raise BadInput(f"class {k} has no images; its energies are needed to know when to stop")
-    logits = exact_logits(model, x[torch.cat(rows)], batch_size, dtype)
-    return list(energy_xy(logits, y[torch.cat(rows)]).split([len(found) for found in rows]))
+    of_class = [x[y == k][:most] for k in range(num_classes)]
+    if not all(map(len, of_class)):
+        raise BadInput("a class has no images: its energies say when to stop")
+    return [-exact_logits(model, part)[:, k] for k, part in enumerate(of_class)]
 
 
-STOPS = ["mean", "quantile", "sampled", "fixed"]
+STOPS = ("sampled", "mean", "quantile", "fixed")
 
 
-def stop_targets(energies, y, stop="sampled", quantile=0.5, drawn=None):
-    """(E17) The energy at which each walk ends: (N,), from the real energies of its class.
+def stop_targets(energies, n, stop="sampled", quantile=0.5, generator=None):
+    """(E16) The energies (n,) at which n walks end, from those of real images of the class (m,).
 
     mean: their mean. quantile: the value below which that share of them lies (small: likelier
-    pictures, more steps). sampled: `drawn` (N,), one real energy per image, so that the pictures'
-    energies are spread as real ones are; with a mean for a target the upper half of them is cut
-    off, and to a robust judge so is half of the variety. fixed: -inf, never; all steps are taken.
+    pictures, more steps). sampled: each walk gets one real image's, so that the pictures' energies
+    are spread as real ones are; with a mean for a target the upper half of them is cut off, and to
+    a robust judge so is half of the variety. fixed: -inf, never; all steps are taken.
     """
     check_choice("stop", stop, STOPS)
     if not 0 <= quantile <= 1:
-        raise BadInput(f"quantile must lie in [0, 1], not {quantile}")
-    if stop == "fixed":
-        return torch.full((len(y),), -math.inf, device=y.device)
+        raise BadInput(f"quantile must lie in 0 .. 1, not {quantile}")
     if stop == "sampled":
-        if drawn is None:
-            raise BadInput("stop 'sampled' needs `drawn`, a real energy per image")
-        return drawn
-    of_class = [e.mean() if stop == "mean" else e.quantile(quantile) for e in energies]
-    return torch.stack(of_class)[y]
-
-
-def energy_gradient(model, x, y, mix=0.0):
-    """E(x, y) (N,) and the gradient (N, C, H, W) of (E18) (1 - mix) E(x, y) + mix E(x)."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
-        logits = model(x)
-        energy = energy_xy(logits, y)
-        guide = energy if mix == 0 else (1 - mix) * energy + mix * energy_x(logits)
-        (gradient,) = torch.autograd.grad(guide.sum(), x)
-    return energy.detach(), gradient
+        draw = dict(generator=generator, device=energies.device)
+        return energies[torch.randint(len(energies), (n,), **draw)]
+    share = {"mean": energies.mean(), "quantile": energies.quantile(quantile)}
+    return share.get(stop, torch.full_like(energies[0], -math.inf)).expand(n)
 
 
 @torch.no_grad()
 def sgld(model, x, y, targets, *, steps=60, step_size=0.3, momentum=0.8, noise=0.001,
-         normalize=True, mix=0.0, max_rise=100.0, dtype=torch.float32, batch_size=500,
-         generator=None, on_progress=None):  # fmt: skip
-    """(E19) Walks down the energy: nu <- zeta nu - eta g;  x <- clip(x + nu + noise N(0, 1)).
+         guide=energy_xy, batch_size=500, generator=None, on_progress=None):  # fmt: skip
+    """(E17) Walks down the energy: nu <- zeta nu - eta g / |g|;  x <- clip(x + nu + noise N(0, 1)).
 
     The form is that of stochastic gradient Langevin dynamics, hence the name; but with momentum,
     unit-length gradients and a noise that does not follow the step it does NOT sample p(x, y): it
     descends, with a little noise, and the stop decides where it ends.
 
-    Adaptive stopping: an image whose E(x, y) <= its target stops and leaves the batch. All images
-    take step t before any takes step t + 1: the random numbers, and with them the pictures, do not
-    depend on batch_size (beyond rounding).
+    Adaptive stopping: an image whose E(x, y) <= its target stops and leaves the batch.
 
     Args:
         x, y: starts, float (N, C, H, W) in [0, 1], which are not changed; labels int64 (N,).
-        targets: (N,), energies to stop at (see stop_targets).
-        steps: the most steps any image takes. step_size eta, momentum zeta, noise (a std): plain
-            numbers in pixel units. mix: see energy_gradient. normalize: |g| = 1 per image (ours).
-        max_rise: an image has diverged when E(x, y) exceeds its start by more nats than that.
-        on_progress: called after every batch as (t + the share of step t done, x, rows that walk).
-    Returns: images like x, and a record, a dict of (N,) tensors: steps taken, energy_start,
-        energy_end, target, and stopped: 0 at the cap, 1 at its target, 2 diverged.
-    Raises: BadInput. Source: Mirza et al. 2024, section 4 (walk); Mirza et al. 2025 (stopping).
+        targets: (N,), energies to stop at (see stop_targets). steps: the most any image takes.
+        step_size eta, momentum zeta (.8: a step is still felt five steps later, which carries a
+            walk over the ripples of a rough landscape), noise (a std): in pixel units.
+        guide: what g is the gradient of, a function (logits, y) -> (N,): E(x, y), or cross_entropy,
+            which is E(x, y) - E(x) and looks at the class alone.
+        on_progress: called before every step as (step, x, rows that still walk).
+    Returns: images like x, and a dict of (N,): steps, energy_start, energy_end, target.
+    Source: Mirza et al. 2024, section 4 (walk); Mirza et al. 2025 (stopping).
     """
     check_attack(x, y, 0.0, "linf")
-    if steps < 0 or not step_size > 0 or not 0 <= momentum < 1 or noise < 0 or batch_size < 1:
-        raise BadInput("need steps >= 0, step_size > 0, 0 <= momentum < 1, noise >= 0, batch >= 1")
-    if not 0 <= mix <= 1:
-        raise BadInput(f"mix must lie in [0, 1], not {mix}")
-    x, moving = x.clone(memory_format=torch.channels_last), torch.arange(len(x), device=x.device)
-    nu = torch.zeros_like(x)
-    taken, stopped = torch.zeros_like(y), torch.zeros_like(y)
-    energy = torch.full(y.shape, math.nan, device=x.device)
-    start = energy
+    x, nu, walks = x.clone(), torch.zeros_like(x), torch.arange(len(x), device=x.device)
+    taken, start, end = torch.zeros_like(y), None, x.new_full((len(x),), math.nan)
+
     for step in range(steps + 1):
-        gradient, batches = [], moving.split(batch_size)
-        with attack_mode(model), autocast(x.device, dtype):
-            for i, rows in enumerate(batches):
-                energy[rows], g = energy_gradient(model, x[rows], y[rows], mix)
-                gradient.append(g)
-                if on_progress:
-                    on_progress(step + i / len(batches), x, moving)
-        start = energy.clone() if step == 0 else start
-        gradient, now = torch.cat(gradient), energy[moving]
-        lost = ~(now.isfinite() & gradient.flatten(1).isfinite().all(1))
-        lost |= now > start[moving] + max_rise
-        reached = ~lost & (now <= targets[moving])
-        stopped[moving[reached]], stopped[moving[lost]] = 1, 2
-        go = ~(reached | lost)
-        if step == steps or not go.any():
+        g = torch.empty_like(x[walks])
+        for part in torch.arange(len(walks), device=x.device).split(batch_size):
+            rows = walks[part]
+            with attack_mode(model):
+                _, g[part], logits = gradient_of(model, x[rows], y[rows], guide)
+            end[rows] = energy_xy(logits, y[rows])
+        start = end.clone() if step == 0 else start
+        go = end[walks] > targets[walks]  # NaN is not above: a walk that has lost its way ends
+        walks, nu, g = walks[go], nu[go], g[go]
+        if on_progress:
+            on_progress(step, x, walks)
+        if step == steps or not len(walks):
             break
-        moving, nu, gradient = moving[go], nu[go], gradient[go]
-        if normalize:
-            gradient = gradient / per_image_norm(gradient)
-        nu = momentum * nu - step_size * gradient
+        nu = momentum * nu + ascend(0.0, g, -step_size, "l2")
         jitter = noise * torch.randn(nu.shape, generator=generator, device=x.device)
-        x[moving] = (x[moving] + nu + jitter).clamp(0, 1)
-        taken[moving] += 1
-    record = {"steps": taken, "energy_start": start, "energy_end": energy, "target": targets}
-    return x, record | {"stopped": stopped}
+        x[walks] = (x[walks] + nu + jitter).clamp(0, 1)
+        taken[walks] += 1
+    return x, {"steps": taken, "energy_start": start, "energy_end": end, "target": targets}
 
 
-def generate(model, pca, y, energies, *, init="local-pca", neighbours=10, temperature=1.5,
-             candidates=8, stop="sampled", quantile=0.5, seed=0, dtype=torch.float32,
-             batch_size=500, on_progress=None, **walk):  # fmt: skip
+@torch.no_grad()
+def generate(model, pcas, energies, y, *, init="local-pca", neighbours=10, temperature=1.5,
+             candidates=8, stop="sampled", quantile=0.5, seed=0, batch_size=500, on_progress=None,
+             **walk):  # fmt: skip
     """Pictures of the classes y: starts by class-wise PCA, chosen and walked on by energy.
 
-    Energy guidance of the start (E20): of `candidates` starts per image the one is kept whose
+    Energy guidance of the start (E18): of `candidates` starts per image the one is kept whose
     E(x, y) is nearest to a draw from the real energies of its class. (The lowest would be the wrong
     rule: it prefers caricatures.) With stop="sampled" the walk ends at that same draw.
 
     Args:
-        pca, energies: of real images, see ClassPCA.fit and class_energies. model: as for fgsm.
-        y: int64 (N,), on the model's device: the class of each picture.
-        init, neighbours, temperature: see draw_starts. stop, quantile: see stop_targets.
-        seed: same seed, same pictures. The others, and `walk`: see sgld.
+        pcas, energies: of real images, one of each per class: see fit_pca and class_energies.
+        y: int64 (N,), on the model's device. The others: see draw_starts, stop_targets, sgld.
+        seed: same seed, same pictures.
     Returns: images (N, C, H, W) in [0, 1] and the record of sgld.
     Raises: BadInput. Source: Mirza et al. 2025.
     """
     if candidates < 1:
         raise BadInput(f"candidates must be at least 1, not {candidates}")
-    if len(y) and (y.min() < 0 or y.max() >= len(energies)):
-        raise BadInput(f"classes {y.min()} to {y.max()} asked for, but there are {len(energies)}")
-    generator = torch.Generator(y.device).manual_seed(seed)
-    drawn = torch.empty(len(y), device=y.device)
+    if len(y) and not 0 <= y.min() <= y.max() < len(pcas):
+        raise BadInput(f"classes {y.min()} to {y.max()} asked for, but there are {len(pcas)}")
+    draw = torch.Generator(y.device).manual_seed(seed)
+    x = torch.empty(len(y), *pcas[0].shape, device=y.device)
+    targets = torch.empty(len(y), device=y.device)
     for k in y.unique().tolist():
-        rows = y == k
-        chosen = torch.randint(len(energies[k]), (int(rows.sum()),), generator=generator,
-                               device=y.device)  # fmt: skip
-        drawn[rows] = energies[k][chosen]
-    targets = stop_targets(energies, y, stop, quantile, drawn)
-    x, gap = draw_starts(pca, y, init, neighbours, temperature, generator), None
-    if candidates > 1:
-        gap = (energy_xy(exact_logits(model, x, batch_size, dtype), y) - drawn).abs()
-    for _ in range(candidates - 1):  # one at a time: all candidates at once would fill the memory
-        other = draw_starts(pca, y, init, neighbours, temperature, generator)
-        other_gap = (energy_xy(exact_logits(model, other, batch_size, dtype), y) - drawn).abs()
-        better = other_gap < gap
-        x[better], gap[better] = other[better], other_gap[better]
-    return sgld(model, x, y, targets, dtype=dtype, batch_size=batch_size, generator=generator,
+        rows = (y == k).nonzero()[:, 0]
+        n, drawn = len(rows), stop_targets(energies[k], len(rows), "sampled", generator=draw)
+        gap = torch.full_like(drawn, math.inf)
+        for _ in range(candidates):  # one at a time: all at once would fill the memory
+            other = draw_starts(pcas[k], n, init, neighbours, temperature, draw)
+            alone = candidates == 1  # then there is nothing to choose: the network is not asked
+            energy = drawn if alone else -exact_logits(model, other, batch_size)[:, k]
+            better = ~((energy - drawn).abs() >= gap)  # NaN is taken, too: the walk ends there
+            x[rows[better]], gap[better] = other[better], (energy - drawn).abs()[better]
+        same = stop == "sampled"
+        targets[rows] = drawn if same else stop_targets(energies[k], n, stop, quantile)
+    return sgld(model, x, y, targets, batch_size=batch_size, generator=draw,
                 on_progress=on_progress, **walk)  # fmt: skip
 
 
@@ -1206,48 +851,7 @@ def generate(model, pca, y, energies, *, init="local-pca", neighbours=10, temper
 # ##################################################################################################
 
 
-# ==== 7. What attacks stand on: their losses, and a model left as it was ==========================
-
-ATTACK_LOSSES = ["ce", "kl", "margin", "dlr", "energy", "energy-up"]
-
-
-def attack_loss(logits, y, loss="ce", reference=None, target=None):
-    """What an attack climbs, per image: logits (N, K), y (N,) -> (N,).
-
-    ce:     -log p(y|x), the usual choice.
-    kl:     KL(p(.|x) || p(.|x*)) against the `reference` logits of the clean images (TRADES).
-    margin: max_{k != y} f(x)[k] - f(x)[y], positive exactly when x is misclassified (Carlini &
-            Wagner 2017); unlike ce it does not flatten out where the model is confident.
-    dlr:    (E21) margin / (f_(1) - f_(3)), where f_(i) is the i-th largest logit: the same whether
-            logits are large or small. With a `target` t (N,) to reach instead of y, (E22)
-            (f[t] - f[y]) / (f_(1) - (f_(3) + f_(4)) / 2). Croce & Hein 2020, equations 6 and 7.
-            Fewer than 3 (4) classes have no such denominator: the numerator alone is climbed.
-    energy: -E(x), so that climbing it makes the image likelier to the model, whatever its label.
-    energy-up: (E23) margin until the image is misclassified, E(x) from there on: adversarial AND
-            unlikely. A constant, 1000, ranks all fooling points above all others.
-    """
-    check_choice("attack loss", loss, ATTACK_LOSSES)
-    logits = logits.float()
-    if loss == "ce":
-        return F.cross_entropy(logits, y, reduction="none")
-    if loss == "kl":
-        return kl_per_image(reference, logits)
-    if loss == "energy":
-        return -energy_x(logits)
-    rival = logits.scatter(1, y[:, None], -math.inf).amax(1)
-    margin = (rival if target is None else -energy_xy(logits, target)) + energy_xy(logits, y)
-    if loss == "energy-up":
-        return torch.where(margin > 0, 1000 + energy_x(logits), margin)
-    if loss == "margin" or logits.shape[1] < (3 if target is None else 4):
-        return margin
-    top = logits.topk(3 if target is None else 4, dim=1).values
-    return margin / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
-
-
-def kl_per_image(logits, logits_adv):
-    """KL(p(.|x) || p(.|x*)) per image: two (N, K) -> (N,)."""
-    log_p, log_q = logits.float().log_softmax(1), logits_adv.float().log_softmax(1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
+# ==== 7. What attacks stand on: a model left as it was, images as they should be =================
 
 
 @contextlib.contextmanager
@@ -1259,31 +863,31 @@ def attack_mode(model, batchnorm="eval", freeze=True):
     freeze: the weights want no gradient meanwhile. torch.compile needs that said beforehand, or the
     attack's backward pass computes all of theirs. At the end everything is as it was.
     """
-    check_choice("BatchNorm mode", batchnorm, ("eval", "train"))
-    before = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
-    wanting = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
+    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
     norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    frozen = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
     if batchnorm == "eval":
-        norms = []  # TorchScript's are constants, and may not even be set to what they are
+        norms = []  # TorchScript's may not even be set to what they are
         model.eval()
-    for m in norms:
-        m.track_running_stats = False
-    for p in wanting:
-        p.requires_grad_(False)
     try:
+        for m in norms:
+            m.track_running_stats = False
+        for p in frozen:
+            p.requires_grad_(False)
         yield
     finally:
-        for p in wanting:
+        for p in frozen:
             p.requires_grad_(True)
         for m in norms:
             m.track_running_stats = True
-        for m, training in before:
+        for m, training in modes:
             m.training = training
 
 
 def check_attack(x, y, eps, norm):
     """Raises BadInput for what attacks silently go wrong on: normalised or integer images ..."""
-    check_choice("norm", norm, ("linf", "l2"))
+    if norm not in ("linf", "l2"):
+        raise BadInput(f"unknown norm '{norm}': choose from linf, l2")
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.float64):  # half rounds eps away
         raise BadInput(f"attacks take float32 images (N, C, H, W), not {x.dtype} {tuple(x.shape)}")
     if y.shape != x.shape[:1] or y.dtype != torch.int64:
@@ -1291,54 +895,135 @@ def check_attack(x, y, eps, norm):
     if not 0 <= eps <= (1 if norm == "linf" else math.inf):
         raise BadInput(f"eps must be >= 0, in units of [0, 1] such as 8/255, not {eps}")
     if len(x) and not (x.min() >= 0 and x.max() <= 1):
-        raise BadInput(
-            f"images must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}:"
-            " normalisation belongs inside the model"
-        )
+        raise BadInput(f"images must lie in [0, 1], found {x.min():.3g} to {x.max():.3g}:"
+                       " normalisation belongs inside the model")  # fmt: skip
 
 
-# ==== 8. Networks: pre-activation residual networks ===============================================
+# ==== 8. Rivals: TRADES, MART, WEAT, GradAlign, AWP, and the list of methods ======================
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    """dist.all_reduce for autograd: the gradient of a sum over processes is one too."""
-
-    @staticmethod
-    def forward(ctx, x):
-        """x summed over the processes."""
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """The gradient summed over the processes."""
-        return _SumOverProcesses.apply(gradient)
+def kl_divergence(logits, logits_adv):
+    """KL(p(.|x) || p(.|x*)) of each image: two (N, K) -> (N,)."""
+    log_p, log_q = logits.float().log_softmax(1), logits_adv.float().log_softmax(1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose batch is the global batch, also when several processes share it.
+def nudged_pgd(model, x, y, eps, steps=10, step_size=None, *, generator=None, **options):
+    """PGD that starts a hair off x, as TRADES and its heirs do: KL has no gradient at x itself."""
+    start = x + 0.001 * torch.randn(x.shape, generator=generator, device=x.device)
+    return pgd(model, x, y, eps, steps, step_size, start=start, **options)
 
-    Each process contributes its sums; the sum over processes is differentiable, so that gradients
-    are those of the whole batch too. (torch's own SyncBatchNorm does this on GPUs only.)
+
+def kl_pgd(model, x, y, eps, steps=10, step_size=None, *, batchnorm="eval", **options):
+    """PGD on KL(p(.|x) || p(.|x*)), the attack of TRADES. Arguments as for pgd."""
+    check_attack(x, y, eps, options.get("norm", "linf"))
+    with attack_mode(model, batchnorm), torch.no_grad():
+        clean = model(x)
+    climb = lambda logits, _: kl_divergence(clean, logits)  # noqa: E731
+    options |= dict(loss=climb, batchnorm=batchnorm)
+    return nudged_pgd(model, x, y, eps, steps, step_size, **options)
+
+
+def trades_loss(logits, logits_adv, y, beta=6.0):
+    """(E19) TRADES: CE(f(x), y) + beta * KL(p(.|x) || p(.|x*)). A scalar.
+
+    In energies KL = sum_k p(k|x) (E(x*, k) - E(x, k)) + dE(x): part of what TRADES presses down IS
+    the delta energy. Its authors pass x through the network twice in train mode, which moves
+    BatchNorm's statistics further; here once.
+    Source: Zhang et al. 2019; the identity: Mirza et al. 2024, proposition 1.
     """
+    return (cross_entropy(logits, y) + beta * kl_divergence(logits, logits_adv)).mean()
 
-    def forward(self, x):
-        """x (N, C, H, W) -> the same shape, each channel normalised over the global batch."""
-        if not (self.training and dist.is_initialized()):
-            return super().forward(x)
-        x32 = x.float()
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _SumOverProcesses.apply(x32.sum((0, 2, 3))) / count
-        centred = x32 - mean[:, None, None]
-        var = _SumOverProcesses.apply((centred**2).sum((0, 2, 3))) / count
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * count / (count - 1), self.momentum)
-                self.num_batches_tracked += 1
-        scale = self.weight * (var + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+def mart_loss(logits, logits_adv, y, beta=5.0):
+    """(E20) MART: BCE(p(x*), y) + beta * mean KL(p(.|x) || p(.|x*)) (1 - p(y|x)). A scalar.
+
+    BCE = -log p(y|x*) - log(1 - max_{k != y} p(k|x*)), the cross-entropy "boosted" by a margin; the
+    factor 1 - p(y|x) lets misclassified images count more. Source: Wang et al. 2020, equation 11.
+    """
+    rival = logits_adv.float().softmax(1).scatter(1, y[:, None], 0).amax(1)
+    miss = -torch.log1p(1e-4 - rival)  # finite where the rival is certain; 1e-4 as its authors
+    doubt = 1 - (-cross_entropy(logits, y)).exp()
+    boosted = cross_entropy(logits_adv, y) + miss
+    return (boosted + beta * kl_divergence(logits, logits_adv) * doubt).mean()
+
+
+def weat_loss(logits, logits_adv, y, beta=6.0, natural=True):
+    """(E21) WEAT: mean w (CE(y) + beta * KL(p(.|x) || p(.|x*))), CE on x, or on x*. A scalar.
+
+    The weights w = 1 / log(1 + exp|E(x)|), detached, make images of energy near 0, about which the
+    model has learnt least, count most. Source: Mirza et al. 2024, section 3.3.
+    """
+    w = 1 / F.softplus(energy_x(logits).abs()).detach()
+    ce = cross_entropy(logits if natural else logits_adv, y)
+    return (w * (ce + beta * kl_divergence(logits, logits_adv))).mean()
+
+
+def grad_align(model, x, y, noise):
+    """(E22) GradAlign: 1 - mean cos(grad_x CE(x), grad_x CE(x + noise)), noise ~ U(-eps, eps).
+
+    Catastrophic overfitting shows as a gradient that turns within the ball, so its turning is
+    penalised. Needs second derivatives, hence its price: several times FGSM. As in its authors'
+    code the gradient at x is a constant, towards which that at x + noise is turned.
+    Source: Andriushchenko & Flammarion 2020, equation 5.
+    """
+    slopes = []
+    for point, differentiable in ((x, False), (x + noise, True)):
+        point = point.detach().requires_grad_(True)
+        loss = cross_entropy(model(point), y).sum()
+        slopes += torch.autograd.grad(loss, point, create_graph=differentiable)
+    return 1 - F.cosine_similarity(slopes[0].flatten(1), slopes[1].flatten(1)).mean()
+
+
+@contextlib.contextmanager
+def adversarial_weights(model, objective, gamma):
+    """(E23) AWP: while open, every weight matrix w is shifted by gamma |w| g / |g|, g = dL/dw.
+
+    Against robust overfitting: the loss is made small in a whole neighbourhood of the weights.
+    `objective()` returns the loss; gamma 0 shifts nothing. Afterwards the weights are restored
+    exactly. Source: Wu et al. 2020, section 4.1.
+    """
+    weights = [w for w in model.parameters() if gamma and w.ndim > 1 and w.requires_grad]
+    before = [w.detach().clone() for w in weights]  # no biases, no BatchNorm
+    if weights:
+        with attack_mode(model, "train", freeze=False):
+            gradients = torch.autograd.grad(objective(), weights, materialize_grads=True)
+        mean_over_processes(gradients)
+        with torch.no_grad():
+            for w, g in zip(weights, gradients):
+                w += gamma * w.norm() * g / (g.norm() + 1e-12)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for w, kept in zip(weights, before):
+                w.copy_(kept)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of training: its attack, its loss, and whether that looks at logits of clean images."""
+
+    attack: object = None  # as pgd is called, or fgsm
+    loss: object = adversarial_loss  # (logits, logits_adv, y, beta) -> scalar
+    needs_clean: bool = False
+
+
+METHODS = {
+    "none": Method(),
+    "fgsm": Method(fgsm),
+    "rs-fgsm": Method(rs_fgsm),
+    "n-fgsm": Method(n_fgsm),
+    "pgd": Method(pgd),
+    "trades": Method(kl_pgd, trades_loss, True),
+    "mart": Method(nudged_pgd, mart_loss, True),
+    "weat-nat": Method(kl_pgd, weat_loss, True),
+    "weat-adv": Method(kl_pgd, partial(weat_loss, natural=False), True),
+}
+SINGLE_STEP = (fgsm, rs_fgsm, n_fgsm)
+
+
+# ==== 9. Networks: pre-activation residual ones ===================================================
 
 
 class PreActBlock(nn.Module):
@@ -1350,7 +1035,7 @@ class PreActBlock(nn.Module):
 
     def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.bn1, self.bn2 = BatchNorm(c_in), BatchNorm(c_out)
+        self.bn1, self.bn2 = nn.BatchNorm2d(c_in), nn.BatchNorm2d(c_out)
         self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
         same = stride == 1 and c_in == c_out
@@ -1384,7 +1069,7 @@ class PreActResNet(nn.Module):
                 stride = 2 if stage > 0 and block == 0 else 1
                 blocks.append(PreActBlock(c_in, c_out, stride))
                 c_in = c_out
-        self.blocks, self.bn = nn.Sequential(*blocks), BatchNorm(c_in)
+        self.blocks, self.bn = nn.Sequential(*blocks), nn.BatchNorm2d(c_in)
         self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
@@ -1393,7 +1078,7 @@ class PreActResNet(nn.Module):
         return self.head(F.relu(self.bn(x)).mean((2, 3)))
 
 
-MODELS = ["small", "preactresnet18", "wrn-28-10", "wrn-34-10"]
+MODELS = ("small", "preactresnet18", "wrn-28-10", "wrn-34-10")
 
 
 def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None, width=16):
@@ -1424,120 +1109,9 @@ def build_model(config, data):
     """The seeded model of a run, normalised by the mean and std of its training images."""
     x = as_pixels(data.x_train[evenly(10_000, len(data.x_train))])
     mean, std = x.mean((0, 2, 3)).tolist(), x.std((0, 2, 3)).clamp_min(1e-3).tolist()
-    devices = range(torch.cuda.device_count())
-    with torch.random.fork_rng(devices):  # the caller's random numbers stay as they were
+    with torch.random.fork_rng(range(torch.cuda.device_count())):  # the caller's stay as they were
         torch.manual_seed(config.seed)
         return make_model(config.model, len(data.classes), x.shape[1], mean, std, config.width)
-
-
-def checksum(data):
-    """A number that changes with the training images and their labels."""
-    number = zlib.crc32(data.y_train.cpu().contiguous().numpy())
-    return zlib.crc32(data.x_train.cpu().contiguous().numpy(), number)
-
-
-# ==== 9. Rivals: MART, WEAT, GradAlign, AWP, and the list of methods ==============================
-
-
-def mart_loss(logits, logits_adv, y, beta=5.0):
-    """(E24) MART: BCE(p(x*), y) + beta * mean KL(p(.|x) || p(.|x*)) (1 - p(y|x)). A scalar.
-
-    BCE = -log p(y|x*) - log(1 - max_{k != y} p(k|x*)), the cross-entropy "boosted" by a margin; the
-    factor 1 - p(y|x) lets misclassified images count more. Source: Wang et al. 2020, equation 11.
-    """
-    p_adv = logits_adv.float().softmax(1)
-    rival = p_adv.scatter(1, y[:, None], 0).amax(1)
-    miss = -torch.log1p(1e-4 - rival)  # finite where the rival is certain; 1e-4 as its authors
-    boosted = F.cross_entropy(logits_adv.float(), y) + miss.mean()
-    doubt = 1 - logits.float().softmax(1).gather(1, y[:, None]).squeeze(1)
-    return boosted + beta * (kl_per_image(logits, logits_adv) * doubt).mean()
-
-
-def weat_weights(logits):
-    """(E25) WEAT's weights w = 1 / log(1 + exp|E(x)|), detached: (N, K) -> (N,).
-
-    Images of energy near 0, about which the model has learnt least, count most.
-    Source: Mirza et al. 2024, section 3.3.
-    """
-    return 1 / F.softplus(energy_x(logits).abs()).detach()
-
-
-def weat_nat_loss(logits, logits_adv, y, beta=6.0):
-    """(E26) WEAT, natural: mean w (CE(f(x), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
-    ce = F.cross_entropy(logits.float(), y, reduction="none")
-    return (weat_weights(logits) * (ce + beta * kl_per_image(logits, logits_adv))).mean()
-
-
-def weat_adv_loss(logits, logits_adv, y, beta=6.0):
-    """(E27) WEAT, adversarial: mean w (CE(f(x*), y) + beta * KL(p(.|x) || p(.|x*))). A scalar."""
-    ce = F.cross_entropy(logits_adv.float(), y, reduction="none")
-    return (weat_weights(logits) * (ce + beta * kl_per_image(logits, logits_adv))).mean()
-
-
-def grad_align(model, x, y, noise):
-    """(E28) GradAlign: 1 - mean cos(grad_x CE(x), grad_x CE(x + noise)), noise ~ U(-eps, eps).
-
-    A baseline: catastrophic overfitting shows as a gradient that turns within the ball, so its
-    turning is penalised. Needs second derivatives, hence its price: several times FGSM. As in its
-    authors' code the gradient at x is a constant, towards which that at x + noise is turned.
-    Source: Andriushchenko & Flammarion 2020, equation 5.
-    """
-
-    def slope(point, differentiable):
-        """Gradient of the loss with respect to the image, flattened: (N, C H W)."""
-        point = point.detach().requires_grad_(True)
-        loss = F.cross_entropy(model(point).float(), y, reduction="sum")
-        return torch.autograd.grad(loss, point, create_graph=differentiable)[0].flatten(1)
-
-    return 1 - F.cosine_similarity(slope(x, False), slope(x + noise, True)).mean()
-
-
-@contextlib.contextmanager
-def adversarial_weights(model, objective, gamma):
-    """(E29) AWP: while open, every weight matrix w is shifted by gamma |w| g / |g|, g = dL/dw.
-
-    A baseline against robust overfitting: the loss is made small in a whole neighbourhood of the
-    weights. `objective()` returns the loss. Afterwards the weights are restored exactly.
-    Source: Wu et al. 2020, section 4.1.
-    """
-    weights = [w for w in model.parameters() if w.ndim > 1 and w.requires_grad]  # no BatchNorm
-    with attack_mode(model, "train", freeze=False):
-        gradients = list(torch.autograd.grad(objective(), weights, materialize_grads=True))
-    sum_over_processes(gradients)
-    before = [w.detach().clone() for w in weights]
-    with torch.no_grad():
-        for w, g in zip(weights, gradients):
-            w += gamma * w.norm() * g / (g.norm() + 1e-12)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for w, kept in zip(weights, before):
-                w.copy_(kept)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way of training: where the attack starts, what it climbs, and the loss."""
-
-    start: str  # none: no attack; zero: x; ball, wide: x + U(-r, r), r = eps, 2 eps; gauss: nudged
-    loss: object  # (logits, logits_adv, y, beta) -> scalar
-    climbs: str = "ce"  # the attack's loss
-    multi_step: bool = False
-    needs_clean: bool = False  # whether the loss looks at logits of the clean images
-
-
-METHODS = {
-    "none": Method("none", adversarial_loss),
-    "fgsm": Method("zero", adversarial_loss),
-    "rs-fgsm": Method("ball", adversarial_loss),
-    "n-fgsm": Method("wide", adversarial_loss),
-    "pgd": Method("ball", adversarial_loss, multi_step=True),
-    "trades": Method("gauss", trades_loss, "kl", True, True),
-    "mart": Method("gauss", mart_loss, "ce", True, True),
-    "weat-nat": Method("gauss", weat_nat_loss, "kl", True, True),
-    "weat-adv": Method("gauss", weat_adv_loss, "kl", True, True),
-}
 
 
 # ==== 10. Data: the embedded `shapes`, torchvision's sets, and a user's own files =================
@@ -1563,6 +1137,12 @@ class Data:
         for k in ("x_train", "x_val", "x_test"):
             moved[k] = moved[k].contiguous(memory_format=torch.channels_last)
         return dataclasses.replace(self, **moved)
+
+
+def checksum(data):
+    """A number that changes with the training images and their labels."""
+    number = zlib.crc32(data.y_train.cpu().contiguous().numpy())
+    return zlib.crc32(data.x_train.cpu().contiguous().numpy(), number)
 
 
 def _box(u, v, a, b):  # signed distance to an axis-aligned box of half-sides a and b
@@ -1651,37 +1231,6 @@ def make_shapes(n, seed):
     return picture.clamp_(0, 1).mul_(255).round_().to(torch.uint8), labels
 
 
-def import_torchvision():
-    """Imports torchvision, also where a wheel made for CUDA lies beside a CPU torch.
-
-    There the import stops at "operator torchvision::nms does not exist", although nothing here
-    needs that operator. Declaring its signature, without an implementation, is enough.
-    """
-    try:
-        import torchvision
-    except RuntimeError:  # another reason than this one shows itself at the second import
-        for op in ("nms", "qnms"):
-            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{op}", signature)
-        import torchvision
-    import torchvision.datasets  # noqa: F401  (makes torchvision.datasets reachable)
-
-    return torchvision
-
-
-TORCHVISION_SETS = {  # name: what to put into the data directory where the download does not work
-    "cifar10": "cifar-10-python.tar.gz (or the unpacked folder cifar-10-batches-py)",
-    "cifar100": "cifar-100-python.tar.gz (or the unpacked folder cifar-100-python)",
-    "svhn": "(after pip install scipy, which reads them) train_32x32.mat and test_32x32.mat",
-    "mnist": "the four files *-ubyte.gz of MNIST, in MNIST/raw/,",
-    "fashion-mnist": "the four files *-ubyte.gz of Fashion-MNIST, in FashionMNIST/raw/,",
-}
-
-DATASETS = ["shapes", *TORCHVISION_SETS]
-
-PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
 def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0):
     """Loads a data set and splits it into train, validation and test.
 
@@ -1698,19 +1247,16 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
     Returns: Data, on the CPU.
     Raises: BadInput for an unknown name or unusable data; RunError for files that cannot be had.
     """
-    if not 0 < val_fraction < 1:
-        raise BadInput(f"val_fraction must be between 0 and 1, not {val_fraction}")
     name, note = str(name), ""
     if name == "shapes":
         test = make_shapes(2000, seed + 1_000_003)
-        splits = {"train": make_shapes(SHAPES_TRAIN, seed), "test": test}
-        classes = list(SHAPES)
+        splits, classes = {"train": make_shapes(SHAPES_TRAIN, seed), "test": test}, list(SHAPES)
     elif name in TORCHVISION_SETS:
-        splits, classes = _load_torchvision(name, data_dir)
+        splits, classes = load_torchvision(name, data_dir)
     elif name.endswith(".npz"):
-        splits, classes = _load_npz(name)
+        splits, classes = load_npz(name)
     elif os.path.isdir(name):
-        splits, classes, note = _load_folder(name)
+        splits, classes, note = load_folder(name)
     elif os.sep in name:
         raise RunError(f"no data at '{name}': give an .npz file or a folder with train/ and test/")
     else:
@@ -1720,24 +1266,186 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
             raise BadInput(f"'{name}': {split} has no images, or images of another size than train")
         if y.min() < 0 or y.max() >= len(classes):
             raise BadInput(f"'{name}': the labels of {split} must lie in 0..{len(classes) - 1}")
+    x, y = splits["train"]
     if "val" not in splits:
-        x, y = splits["train"]
         count = round(len(y) * val_fraction)
         if not 0 < count < len(y):
-            raise BadInput(f"'{name}': {val_fraction:g} of {len(y)} images leaves an empty split")
+            raise BadInput(f"'{name}': val_fraction {val_fraction:g} of {len(y)} images leaves an"
+                           " empty split")  # fmt: skip
         held_out = torch.zeros(len(y), dtype=torch.bool)
         held_out[stratified(y, count, seed)] = True
-        splits["train"], splits["val"] = (x[~held_out], y[~held_out]), (x[held_out], y[held_out])
+        splits["val"], (x, y) = (x[held_out], y[held_out]), (x[~held_out], y[~held_out])
     if limit:
-        x, y = splits["train"]
         if not len(classes) <= limit <= len(y):
             raise BadInput(f"limit {limit} must lie between {len(classes)} (classes) and {len(y)}")
         chosen = stratified(y, limit, seed)
-        splits["train"] = x[chosen], y[chosen]
-    if missing := set(range(max(2, len(classes)))) - set(splits["train"][1].tolist()):
+        x, y = x[chosen], y[chosen]
+    if missing := set(range(max(2, len(classes)))) - set(y.tolist()):
         raise BadInput(f"'{name}': class {min(missing)} has no images to train on: number labels"
                        " 0, 1, ..., have two train/<class>/ or more, or raise limit")  # fmt: skip
-    return Data(*splits["train"], *splits["val"], *splits["test"], classes, name, note)
+    return Data(x, y, *splits["val"], *splits["test"], classes, name, note)
+
+
+TORCHVISION_SETS = {  # name: what to put into the data directory where the download does not work
+    "cifar10": "cifar-10-python.tar.gz (or the unpacked folder cifar-10-batches-py)",
+    "cifar100": "cifar-100-python.tar.gz (or the unpacked folder cifar-100-python)",
+    "svhn": "(after pip install scipy, which reads them) train_32x32.mat and test_32x32.mat",
+    "mnist": "the four files *-ubyte.gz of MNIST, in MNIST/raw/,",
+    "fashion-mnist": "the four files *-ubyte.gz of Fashion-MNIST, in FashionMNIST/raw/,",
+}
+DATASETS = ("shapes", *TORCHVISION_SETS)
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def load_torchvision(name, data_dir):
+    """Splits and class names of one of torchvision's sets, downloaded when missing."""
+    sets = import_torchvision().datasets
+    splits, classes = {}, [str(k) for k in range(10)]
+    try:
+        for split in ("train", "test"):
+            if name == "svhn":
+                import scipy.io  # noqa: F401  (torchvision's reader: missed before the download)
+                found = sets.SVHN(data_dir, split, download=True)
+                images, y = found.data.transpose(0, 2, 3, 1), found.labels
+            else:
+                kind = name.upper() if name != "fashion-mnist" else "FashionMNIST"
+                found = getattr(sets, kind)(data_dir, train=split == "train", download=True)
+                images, y, classes = found.data, found.targets, list(found.classes)
+            splits[split] = to_nchw(images, name), torch.as_tensor(np.asarray(y)).long()
+    except Exception as error:  # no host, no disk, or one of the many kinds of damage
+        raise RunError(f"{name} could not be downloaded or read ({' '.join(str(error).split())})."
+                       f" Put {TORCHVISION_SETS[name]} into '{data_dir}', or name another folder"
+                       " with --data-dir") from error  # fmt: skip
+    return splits, classes
+
+
+def import_torchvision():
+    """torchvision, also where its wheel was made for CUDA and lies beside a CPU torch.
+
+    There the import stops at "operator torchvision::nms does not exist", although nothing here
+    needs that operator. Declaring its signature, without an implementation, is enough.
+    """
+    try:
+        import torchvision.datasets
+    except RuntimeError:  # another reason than this one shows itself at the second import
+        for op in ("nms", "qnms"):
+            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{op}", signature)
+        import torchvision.datasets
+    return torchvision
+
+
+def load_npz(path):
+    """Splits and class names from an .npz with MedMNIST's keys."""
+    keys = [f"{s}_{part}" for s in ("train", "val", "test") for part in ("images", "labels")]
+    if not os.path.isfile(path):  # reading a FIFO or a device might never end
+        raise RunError(f"no file '{path}', or no regular one")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {m.filename.removesuffix(".npy"): m.file_size for m in archive.infolist()}
+        if (size := sum(sizes.values())) > max(2**30, 200 * os.path.getsize(path)):
+            raise OSError(f"a bomb of {size / 2**30:.1f} GB")  # images shrink tenfold, not 200-fold
+        with np.load(path, allow_pickle=False) as archive:  # a pickle would run its author's code
+            arrays = {k: np.asarray(archive[k]) for k in keys if k in sizes}
+    except Exception as error:  # damage brings out a dozen kinds, MemoryError among them
+        raise RunError(f"'{path}' cannot be read as an .npz of plain arrays: {error}") from error
+    splits = {}
+    for split in ["train", "test"] + ["val"] * ("val_images" in arrays or "val_labels" in arrays):
+        x, y = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
+        if x is None or y is None:
+            has = f"it has: {', '.join(sizes)[:300] or 'nothing'}; wanted: {', '.join(keys)}"
+            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; {has} (val if any)")
+        x = to_nchw(x, f"'{path}' {split}_images")
+        if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "iu":
+            raise BadInput(f"'{path}' {split}_labels: not {len(x)} integers but {y.dtype}{y.shape}")
+        splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
+    y = splits["train"][1].tolist()  # more classes than images cannot be: see load_data
+    return splits, [str(k) for k in range(1 + min(max(y, default=-1), len(y)))]
+
+
+def load_folder(path):
+    """Splits, class names and a note from a folder with train/<class>/ and test/<class>/."""
+    splits, classes, seen, left_out = {}, None, set(), []
+    for split, names in dict(train="train", val="val or valid or validation", test="test").items():
+        there = [f for name in names.split(" or ") if os.path.isdir(f := os.path.join(path, name))]
+        if split == "val" and not there:
+            continue
+        if len(there) != 1:
+            raise RunError(f"folder '{path}' must have one {names}/ with a folder per class")
+        try:
+            files = find_pictures(there[0], seen, left_out)
+        except (OSError, RecursionError) as error:
+            raise RunError(f"folder '{there[0]}' cannot be used: {error}") from error
+        kinds = [os.path.relpath(file, there[0]).split(os.sep) for file in files]
+        found, y = np.unique([k[0] for k in kinds], return_inverse=True)
+        if classes not in (None, found.tolist()) or min(map(len, kinds)) < 2:
+            raise BadInput(f"folder '{there[0]}' has pictures in no class, or not train/'s classes")
+        classes, images = found.tolist(), []
+        for file in files:
+            images.append(read_picture(file))
+            if images[-1].shape != images[0].shape:
+                raise BadInput(f"'{file}' is {images[-1].shape}, '{files[0]}' is {images[0].shape}:"
+                               " give pictures of one size, all grey or all colour")  # fmt: skip
+        splits[split] = to_nchw(images, f"'{files[0]}' and the others"), torch.from_numpy(y)
+    return splits, classes, f"{len(left_out)} hidden or other files left out" * bool(left_out)
+
+
+def find_pictures(folder, seen, left_out):
+    """Paths of the pictures in a folder and below it; hidden and other files go to `left_out`.
+
+    `seen`: the folders read so far. A link back to one would double its pictures (in train and
+    test: a leak), or never end; so would the second copies in the hidden .ipynb_checkpoints.
+    """
+    if (real := os.path.realpath(folder)) in seen:
+        raise OSError(f"'{folder}' leads to a folder that is read already: remove that link")
+    seen.add(real)
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path, hidden = os.path.join(folder, name), name.startswith(".")
+        if not hidden and os.path.isdir(path):
+            found += find_pictures(path, seen, left_out)
+        else:
+            (found if name.lower().endswith(PICTURES) and not hidden else left_out).append(path)
+    if not found:
+        raise OSError(f"no picture ({', '.join(PICTURES)}) in '{folder}': fill or remove it")
+    return found
+
+
+def read_picture(path):
+    """Pixels of a picture as a viewer shows them: uint8 (H, W) or (H, W, 3). Raises: RunError.
+
+    Turned as its EXIF says; what is transparent, on white.
+    """
+    from PIL import Image, ImageOps  # torchvision's own requirement
+
+    try:
+        if not os.path.isfile(path):
+            raise OSError("no regular file, or a link to nothing")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of what is refused here
+            image = Image.open(path)  # reads the header only
+        with image:
+            if max(image.size) > 4096 or image.mode[0] in "IF":  # or Pillow cuts off at 255
+                raise OSError(f"mode {image.mode}, {image.size}: give 8 bits, up to 4096x4096")
+            grey = image.mode in ("1", "L", "LA")
+            image = ImageOps.exif_transpose(image).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image.convert("L" if grey else "RGB"))
+    except Exception as error:  # damage brings out a dozen kinds
+        raise RunError(f"picture '{path}' cannot be used: {error}") from error
+
+
+def to_nchw(images, where):
+    """NumPy uint8 (N, H, W) or (N, H, W, C) -> tensor (N, C, H, W), square, C 1 or 3."""
+    images = np.asarray(images)
+    images = images[..., None] if images.ndim == 3 else images
+    square_ones = images.ndim == 4 and images.shape[1] == images.shape[2] >= 8
+    if images.dtype != np.uint8 or not square_ones or images.shape[3] not in (1, 3):
+        raise BadInput(f"{where}: images must be uint8 (N, S, S[, 1 or 3]), S >= 8, not"
+                       f" {images.dtype} {images.shape}")  # fmt: skip
+    if images.size and images.max() < 32:  # zeros and ones, 4 bits: they would be nearly black
+        raise BadInput(f"{where}: no value is above {images.max()}; scale images to 0..255")
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
 
 def evenly(count, n):
@@ -1753,145 +1461,6 @@ def stratified(y, count, seed):
     return chosen[torch.from_numpy(np.random.default_rng(seed + 1).permutation(count))]
 
 
-def _to_nchw(images, where):
-    """NumPy uint8 (N, H, W) or (N, H, W, C) -> tensor (N, C, H, W), square, C 1 or 3."""
-    images = np.asarray(images)
-    images = images[..., None] if images.ndim == 3 else images
-    if images.dtype != np.uint8:
-        raise BadInput(f"{where}: images must be uint8 in 0..255, not {images.dtype}")
-    square = images.ndim == 4 and images.shape[1] == images.shape[2] >= 8
-    if not square or images.shape[3] not in (1, 3):
-        raise BadInput(f"{where}: images must be (N, S, S[, 1 or 3]), S >= 8, not {images.shape}")
-    if images.size and images.max() < 32:  # zeros and ones, 4 bits: they would be nearly black
-        raise BadInput(f"{where}: no value is above {images.max()}; scale images to 0..255")
-    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
-
-
-def _load_npz(path):
-    """Splits and class names from an .npz with MedMNIST's keys."""
-    if not os.path.isfile(path):  # reading a FIFO or a device might never end
-        raise RunError(f"no file '{path}', or no regular one")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = {m.filename.removesuffix(".npy"): m.file_size for m in archive.infolist()}
-        if (size := sum(sizes.values())) > max(2**30, 200 * os.path.getsize(path)):
-            raise OSError(f"a bomb of {size / 2**30:.1f} GB")  # images shrink tenfold, not 200-fold
-        keys = [f"{s}_{part}" for s in ("train", "val", "test") for part in ("images", "labels")]
-        # allow_pickle=False: a pickle inside an .npz would run its author's code
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {k: np.asarray(archive[k]) for k in keys if k in sizes}
-    except Exception as error:  # damage brings out a dozen kinds, MemoryError among them
-        raise RunError(f"'{path}' cannot be read as an .npz of plain arrays: {error}") from error
-    splits = {}
-    for split in ["train", "test"] + ["val"] * ("val_images" in arrays or "val_labels" in arrays):
-        x, y = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
-        if x is None or y is None:
-            has = f"it has: {', '.join(sizes)[:300] or 'nothing'}; wanted: {', '.join(keys)}"
-            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; {has} (val if any)")
-        x = _to_nchw(x, f"'{path}' {split}_images")
-        if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "iu":
-            raise BadInput(f"'{path}' {split}_labels: not {len(x)} integers but {y.dtype}{y.shape}")
-        splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
-    y = splits["train"][1].tolist()  # more classes than images cannot be: see load_data
-    return splits, [str(k) for k in range(1 + min(max(y, default=-1), len(y)))]
-
-
-def _read_picture(path):
-    """Pixels of a picture (its first frame) as a viewer shows them: uint8 (H, W) or (H, W, 3).
-
-    Turned as its EXIF says; what is transparent, on white. Raises: RunError, naming the file.
-    """
-    from PIL import Image, ImageOps  # torchvision's own requirement
-
-    try:
-        if not os.path.isfile(path):
-            raise OSError("no regular file, or a link to nothing")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of what is refused here
-            with Image.open(path) as image:  # reads the header only
-                if max(image.size) > 4096 or image.mode[0] in "IF":  # or Pillow cuts off at 255
-                    raise OSError(f"mode {image.mode}, {image.size}: give 8 bits, up to 4096x4096")
-                grey = image.mode in ("1", "L", "LA")
-                image = ImageOps.exif_transpose(image).convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("L" if grey else "RGB"))
-    except Exception as error:  # damage brings out a dozen kinds
-        raise RunError(f"picture '{path}' cannot be used: {error}") from error
-
-
-def _find_pictures(folder, seen, left_out):
-    """Paths of the pictures in a folder and below it; hidden and other files go to `left_out`.
-
-    `seen`: the folders read so far. A link back to one would double its pictures (in train and
-    test: a leak), or never end; so would the second copies in the hidden .ipynb_checkpoints.
-    """
-    if (real := os.path.realpath(folder)) in seen:
-        raise OSError(f"'{folder}' leads to a folder that is read already: remove that link")
-    seen.add(real)
-    found = []
-    for name in sorted(os.listdir(folder)):
-        path, hidden = os.path.join(folder, name), name.startswith(".")
-        if not hidden and os.path.isdir(path):
-            found += _find_pictures(path, seen, left_out)
-        else:
-            (found if name.lower().endswith(PICTURES) and not hidden else left_out).append(path)
-    if not found:
-        raise OSError(f"no picture ({', '.join(PICTURES)}) in '{folder}': fill or remove it")
-    return found
-
-
-def _load_folder(path):
-    """Splits, class names and a note from a folder with train/<class>/ and test/<class>/."""
-    splits, classes, seen, left_out, first = {}, None, set(), [], None
-    for split, names in dict(train="train", val="val or valid or validation", test="test").items():
-        there = [f for name in names.split(" or ") if os.path.isdir(f := os.path.join(path, name))]
-        if split == "val" and not there:
-            continue
-        if len(there) != 1:
-            raise RunError(f"folder '{path}' must have one {names}/ with a folder per class")
-        try:
-            files = _find_pictures(there[0], seen, left_out)
-            first = first or (files[0], _read_picture(files[0]).shape)
-            x = np.empty((len(files), *first[1]), np.uint8)
-        except (OSError, RecursionError, MemoryError) as error:
-            raise RunError(f"folder '{there[0]}' cannot be used: {error}") from error
-        kinds = [os.path.relpath(file, there[0]).split(os.sep) for file in files]
-        found, y = np.unique([k[0] for k in kinds], return_inverse=True)
-        if classes not in (None, found.tolist()) or min(map(len, kinds)) < 2:
-            raise BadInput(f"folder '{there[0]}' has pictures in no class, or not train/'s classes")
-        classes = found.tolist()
-        for i, file in enumerate(files):
-            pixels = _read_picture(file)
-            if pixels.shape != first[1]:
-                raise BadInput(f"'{file}' is {pixels.shape}, '{first[0]}' is {first[1]}: pictures"
-                               " need one size, and to be all grey or all in colour")  # fmt: skip
-            x[i] = pixels
-        splits[split] = _to_nchw(x, f"'{files[0]}' and the others"), torch.from_numpy(y)
-    return splits, classes, f"{len(left_out)} hidden or other files left out" * bool(left_out)
-
-
-def _load_torchvision(name, data_dir):
-    """Splits and class names of one of torchvision's sets, downloaded when missing."""
-    sets = import_torchvision().datasets
-    splits, classes = {}, [str(k) for k in range(10)]
-    try:
-        for split in ("train", "test"):
-            if name == "svhn":
-                import scipy.io  # noqa: F401  (torchvision's reader: missed before the download)
-                found = sets.SVHN(data_dir, split, download=True)
-                images, y = found.data.transpose(0, 2, 3, 1), found.labels
-            else:
-                kind = name.upper() if name != "fashion-mnist" else "FashionMNIST"
-                found = getattr(sets, kind)(data_dir, train=split == "train", download=True)
-                images, y, classes = found.data, found.targets, list(found.classes)
-            splits[split] = _to_nchw(images, name), torch.as_tensor(np.asarray(y)).long()
-    except Exception as error:  # no host, no disk, or one of the many kinds of damage
-        raise RunError(f"{name} could not be downloaded or read ({' '.join(str(error).split())})."
-                       f" Put {TORCHVISION_SETS[name]} into '{data_dir}', or name another folder"
-                       " with --data-dir") from error  # fmt: skip
-    return splits, classes
-
-
 def as_pixels(x):
     """Images as float in [0, 1]: uint8 is divided by 255, float stays."""
     return x.float() / 255 if x.dtype == torch.uint8 else x
@@ -1903,7 +1472,6 @@ def augment(x, how, generator=None):
     Args: x, images (N, C, H, W) of any dtype; how, "none", "crop" or "crop-flip".
     Returns: images of the same shape and dtype, laid out channels-last.
     """
-    check_choice("augmentation", how, ("none", "crop", "crop-flip"))
     if how == "none":
         return x
     n, _, height, width = x.shape
@@ -1917,15 +1485,53 @@ def augment(x, how, generator=None):
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# ==== 11. Judging robustness: APGD, Square, the worst case ========================================
+# ==== 11. Judging robustness: losses to climb, APGD, Square, the worst case =======================
 
 
-def exact_logits(model, x, batch_size=500, dtype=torch.float32):
+def margin(logits, y):
+    """max_{k != y} f(x)[k] - f(x)[y]: positive exactly when x is misclassified. -> (N,).
+
+    Unlike cross-entropy it does not flatten out where the model is confident. Source: Carlini &
+    Wagner 2017.
+    """
+    return logits.float().scatter(1, y[:, None], -math.inf).amax(1) + energy_xy(logits, y)
+
+
+def dlr(logits, y, target=None):
+    """(E24) margin / (f_(1) - f_(3)), f_(i) the i-th largest logit: the same at any scale of them.
+
+    To reach `target` t instead of leaving y: (E25) (f[t] - f[y]) / (f_(1) - (f_(3) + f_(4)) / 2).
+    Fewer than 3 (4) classes have no such denominator: the numerator alone is climbed.
+    Source: Croce & Hein 2020, equations 6 and 7.
+    """
+    needed = 3 if target is None else 4
+    rise = margin(logits, y) if target is None else energy_xy(logits, y) - energy_xy(logits, target)
+    if logits.shape[1] < needed:
+        return rise
+    top = logits.float().topk(needed).values
+    return rise / (top[:, 0] - top[:, 2:].mean(1) + 1e-12)
+
+
+def likelier(logits, y):
+    """-E(x): climbing it makes the image likelier to the model, whatever its label. -> (N,)."""
+    return -energy_x(logits)
+
+
+def fooling_and_unlikely(logits, y):
+    """(E26) The margin until x is misclassified, from there on E(x): adversarial AND unlikely.
+
+    A constant, 1000, ranks all fooling points above all others. -> (N,).
+    """
+    climbed = margin(logits, y)
+    return torch.where(climbed > 0, 1000 + energy_x(logits), climbed)
+
+
+def exact_logits(model, x, batch_size=500):
     """Logits (N, K) in eval mode and fp32, whatever autocast is on: what claims are judged by.
 
-    x float or uint8 (N, C, H, W). dtype: torch.bfloat16 is faster, for where exactness is no claim.
+    x float or uint8 (N, C, H, W).
     """
-    with torch.no_grad(), attack_mode(model), autocast(x.device, dtype), true_fp32():
+    with torch.no_grad(), attack_mode(model), autocast(x.device, torch.float32), true_fp32():
         return torch.cat([model(as_pixels(part)).float() for part in x.split(batch_size)])
 
 
@@ -1934,142 +1540,105 @@ def is_right(logits, y):
     return (logits.argmax(1) == y) & logits.isfinite().all(1)
 
 
-def _has_fallen(model, x_adv, y, logits):
-    """Which images (N,) are misclassified: by their logits (N, K) and, if those are rough, in fp32.
-
-    A search in bf16 may only CLAIM success. The claims are few, so checking them costs little.
-    """
-    wrong = ~is_right(logits, y)
-    if (torch.is_autocast_enabled(x_adv.device.type) or x_adv.is_cuda) and wrong.any():
-        wrong[wrong.clone()] = ~is_right(exact_logits(model, x_adv[wrong]), y[wrong])
-    return wrong
+def choose(where, a, b):
+    """a in the rows marked by where (N,), else b; a and b (N, ...)."""
+    return torch.where(where.view(-1, *[1] * (a.ndim - 1)), a, b)
 
 
-def _checkpoints(steps):
-    """The steps at which apgd reconsiders its step size: 22, 41, 57, 70 ... of 100."""
-    at, gap, found = 22, 22, []  # percent
-    while at <= 100:
-        found.append(math.ceil(at * steps / 100))
-        gap = max(gap - 3, 6)
-        at += gap
-    return found
+def apgd_checkpoints(steps):
+    """The steps at which apgd reconsiders its step size: 22, 41, 57, 70, 80, 87, 93, 99 of 100."""
+    gaps = [max(22 - 3 * k, 6) for k in range(13)]  # percent; a gap of 6 at least
+    return {math.ceil(percent * steps / 100) for percent in np.cumsum(gaps) if percent <= 100}
 
 
-def apgd(model, x, y, eps, steps=100, *, norm="linf", loss="ce", target=None, start=None,
-         until_fooled=True, generator=None, validate=True):  # fmt: skip
-    """(E30) Auto-PGD: projected gradient ascent with momentum that finds its own step size.
+@torch.no_grad()
+def apgd(model, x, y, eps, steps=100, *, norm="linf", loss=cross_entropy, until_fooled=True,
+         start=None, generator=None):  # fmt: skip
+    """(E27) Auto-PGD: projected gradient ascent with momentum that finds its own step size.
 
         z       = project(x_k + step * direction)
         x_{k+1} = project(x_k + .75 (z - x_k) + .25 (x_k - x_{k-1}))
 
-    step begins at 2 eps. At a checkpoint (see _checkpoints) an image's step is halved, and it goes
-    back to its best point, if fewer than 75% of the steps since the last checkpoint raised the
-    loss, or if neither step nor best loss have changed since. An image that is misclassified leaves
-    the batch, so the cost follows those that still stand.
+    step begins at 2 eps. At a checkpoint (see apgd_checkpoints) an image's step is halved, and it
+    goes back to its best point, if fewer than 75% of the steps since the last checkpoint raised the
+    loss, or if neither step nor best loss have changed since.
 
-    Args:
-        loss, target: one of ATTACK_LOSSES; with dlr also labels (N,) to reach.
-        start: default a uniform draw from the ball, ONE for all images, so that what happens to
-            an image does not depend on the rest of its batch.
-        until_fooled: False goes on to the last step for every image.
-        The others as for pgd.
-    Returns: x_adv, like x: the first misclassified point; else, or with until_fooled=False, the
-        point of the highest loss. Raises: BadInput. Source: Croce & Hein 2020, algorithm 1.
+    Args: as for pgd; until_fooled, whether any misclassified point is preferred to the best one.
+    Returns: x_adv, like x: a misclassified point, where one was found; else, or with
+        until_fooled=False, that of the highest loss.
+    Raises: BadInput. Source: Croce & Hein 2020, algorithm 1.
     """
-    if validate:
-        check_attack(x, y, eps, norm)
+    check_attack(x, y, eps, norm)
     if start is None:
-        start = (x + random_noise(x[:1], eps, norm, generator)).clamp(0, 1)
-    x, start = x.detach(), start.detach()
-    least = x.new_full((len(x),), -math.inf, dtype=torch.float32)
-    now = {  # all that the search knows, one row per image that still stands
-        "rows": torch.arange(len(x), device=x.device), "x": x, "y": y, "at": start, "before": start,
-        "best": start, "best_gradient": start, "best_value": least, "value": least,
-        "value_at_check": least, "step": x.new_full((len(x), 1, 1, 1), 2 * eps),
-        "rises": torch.full_like(y, -1),  # the first value exceeds -inf, which is no rise
-        "halved": torch.ones_like(y, dtype=torch.bool),  # so nothing is "stuck" at checkpoint one
-    }  # fmt: skip
-    found, checkpoints, last_check = start.clone(), _checkpoints(steps), 0
+        start = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
+    at = before = best = fooling = start
+    value = best_value = value_at_check = x.new_full((len(x),), -math.inf, dtype=torch.float32)
+    step, best_gradient = x.new_full((len(x), 1, 1, 1), 2 * eps), x
+    fooled, last_check = torch.zeros_like(y, dtype=torch.bool), 0
+    rises = torch.full_like(y, -1)  # the first value exceeds -inf, which is no rise
+    halved = ~fooled  # so nothing is "stuck" at the first checkpoint
+    checkpoints = apgd_checkpoints(steps)
     with attack_mode(model):
-        extra = {"target": target, "reference": model(x).detach() if loss == "kl" else None}
-        now |= {k: v for k, v in extra.items() if v is not None}
         for k in range(steps + 1):
-            extra = now.get("reference"), now.get("target")
-            value, gradient, logits = value_and_gradient(model, now["at"], now["y"], loss, *extra)
-            better = value > now["best_value"]
-            now["rises"] = now["rises"] + (value > now["value"])
-            now |= {"value": value, "gradient": gradient}
-            _move(now, better, best="at", best_gradient="gradient", best_value="value")
-            if until_fooled:
-                fallen = _has_fallen(model, now["at"], now["y"], logits)
-                found[now["rows"][fallen]] = now["at"][fallen]
-                now = {k: v[~fallen] for k, v in now.items()} if fallen.any() else now
-            if k == steps or not len(now["rows"]):
+            old = value
+            value, gradient, logits = gradient_of(model, at, y, loss)
+            wrong, better = ~is_right(logits, y), value > best_value
+            fooled, fooling = fooled | wrong, choose(wrong, at, fooling)
+            best, best_value = choose(better, at, best), choose(better, value, best_value)
+            best_gradient = choose(better, gradient, best_gradient)
+            rises = rises + (value > old)
+            if k == steps or (until_fooled and fooled.all()):
                 break
             if k in checkpoints:
-                _halve_steps(now, 0.75 * (k - last_check))
-                last_check = k
-            at, a = now["at"], 0.75 if k else 1.0  # k = 0: no momentum yet
-            z = project(ascend(at, now["gradient"], now["step"], norm), now["x"], eps, norm)
-            z = (at - now["before"]).mul_(1 - a).add_(z, alpha=a).add_(at, alpha=1 - a)
-            now |= {"at": project(z, now["x"], eps, norm), "before": at}
-    found[now["rows"]] = now["best"]
-    return found
-
-
-def _move(now, where, **pairs):
-    """In the rows marked by where (N,), now[a] becomes now[b], for each a="b"."""
-    for a, b in pairs.items():
-        mask = where.view(-1, *[1] * (now[a].ndim - 1))
-        now[a] = torch.where(mask, now[b], now[a])
-
-
-def _halve_steps(now, enough):
-    """A checkpoint of apgd: halves the steps that have been too long, from the best point on."""
-    unsteady = now["rises"] < enough
-    stuck = ~now["halved"] & (now["best_value"] <= now["value_at_check"])
-    now |= {"halved": unsteady | stuck, "half": now["step"] / 2}
-    _move(now, now["halved"], step="half", at="best", gradient="best_gradient", value="best_value")
-    now |= {"value_at_check": now["best_value"], "rises": now["rises"] * 0}
-
-
-def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=None,
-           validate=True):  # fmt: skip
-    """(E31) Targeted APGD: towards each of the likeliest wrong classes in turn, with (E22).
-
-    Args: targets, how many classes at most (all wrong ones of 2 to 10 classes; with 100, the 9
-        likeliest). The others as for apgd; an image that has fallen is not attacked again.
-    Returns: x_adv, like x: the first misclassified point, else that with the largest margin.
-    Raises: BadInput.
-    Source: Croce & Hein 2020.
-    """
-    if validate:
-        check_attack(x, y, eps, norm)
-    x_adv, logits = x.detach().clone(), exact_logits(model, x)
-    ranking = logits.scatter(1, y[:, None], -math.inf).topk(min(targets, logits.shape[1] - 1), 1)
-    best = torch.full_like(logits[:, 0], -math.inf)  # margin of x_adv, (N,); above 0 it has fallen
-    options = dict(norm=norm, loss="dlr", generator=generator, validate=False)
-    for t in ranking.indices.T:  # (N,): every image's next likeliest class
-        rows = (best <= 0).nonzero()[:, 0]
-        if not len(rows):
-            break
-        found = apgd(model, x[rows], y[rows], eps, steps, target=t[rows], **options)
-        logits = exact_logits(model, found)
-        margin = attack_loss(logits, y[rows], "margin").where(logits.isfinite().all(1), math.inf)
-        better = margin > best[rows]
-        x_adv[rows[better]], best[rows[better]] = found[better], margin[better]
-    return x_adv
-
-
-def _window_side(done, h, w):
-    """Side of square's window, in pixels, when a share `done` of the queries is spent."""
-    halvings = sum(done > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))  # area
-    return min(max(round(math.sqrt(0.8 / 2**halvings * h * w)), 1), h, w)
+                stuck = ~halved & (best_value <= value_at_check)
+                halved = (rises < 0.75 * (k - last_check)) | stuck
+                step, at = choose(halved, step / 2, step), choose(halved, best, at)
+                gradient = choose(halved, best_gradient, gradient)
+                value = choose(halved, best_value, value)
+                value_at_check, rises, last_check = best_value, 0 * rises, k
+            a = 0.75 if k else 1.0  # no momentum yet
+            z = project(ascend(at, gradient, step, norm), x, eps, norm)
+            z = project(at + a * (z - at) + (1 - a) * (at - before), x, eps, norm)
+            before, at = at, z
+    return choose(fooled & until_fooled, fooling, best)
 
 
 @torch.no_grad()
-def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None, validate=True):
-    """(E32) Square attack: random search on the margin that looks at logits only, at no gradient.
+def apgd_t(model, x, y, eps, steps=100, targets=9, *, norm="linf", generator=None):
+    """(E28) Targeted APGD: towards each of the likeliest wrong classes in turn, with (E25).
+
+    Args: targets, how many classes at most (all wrong ones of 2 to 10 classes; with 100, the 9
+        likeliest). The others as for apgd; an image that has fallen is not attacked again.
+    Returns: x_adv, like x: a misclassified point, else that with the largest margin.
+    Raises: BadInput. Source: Croce & Hein 2020.
+    """
+    check_attack(x, y, eps, norm)
+    x_adv, logits = x.clone(), exact_logits(model, x)
+    ranking = logits.scatter(1, y[:, None], -math.inf).topk(min(targets, logits.shape[1] - 1), 1)
+    best = torch.full_like(logits[:, 0], -math.inf)  # margin of x_adv; above 0 it has fallen
+    for target in ranking.indices.T:  # (N,): every image's next likeliest class
+        rows = (best <= 0).nonzero()[:, 0]
+        if not len(rows):
+            break
+        found = apgd(model, x[rows], y[rows], eps, steps, norm=norm, generator=generator,
+                     loss=partial(dlr, target=target[rows]))  # fmt: skip
+        logits = exact_logits(model, found)
+        reached = margin(logits, y[rows]).where(logits.isfinite().all(1), math.inf)
+        better = reached > best[rows]
+        x_adv[rows[better]], best[rows[better]] = found[better], reached[better]
+    return x_adv
+
+
+def square_side(done, height, width):
+    """Side of square's window, in pixels, when a share `done` of the queries is spent."""
+    halvings = sum(done > at for at in (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8))  # area
+    side = round(math.sqrt(0.8 / 2**halvings * height * width))
+    return min(max(side, 1), height, width)
+
+
+@torch.no_grad()
+def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None):
+    """(E29) Square attack: random search on the margin that looks at logits only, at no gradient.
 
     It begins with vertical stripes. Each query repaints a random square window with colours at the
     border of the l_inf ball and is kept if the margin grew. The window shrinks from 80% of the
@@ -2077,186 +1646,80 @@ def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None, valid
     useless, this can.
 
     Args: queries, the most that are spent on an image; it leaves the batch when it falls. All
-        images see the same windows and signs, so no result depends on the rest of the batch. norm:
-        "linf" (the authors' form for l_2 is left out). The others as for pgd.
-    Returns: x_adv, like x. Raises: BadInput.
-    Source: Andriushchenko et al. 2020, section 3.
+        images see the same windows and signs. norm: "linf" (the authors' l_2 form is left out).
+    Returns: x_adv, like x. Raises: BadInput. Source: Andriushchenko et al. 2020, section 3.
     """
-    if validate:
-        check_attack(x, y, eps, norm)
-    check_choice("norm of square", norm, ("linf",))
+    check_attack(x, y, eps, norm)
+    if norm != "linf":
+        raise BadInput("square attacks in linf only: take apgd-t for l2")
     c, h, w = x.shape[1:]
     draw = dict(generator=generator, device=x.device)
     corners = torch.rand(queries, 2, **draw).tolist()
-    signs = torch.rand(queries, c, 1, 1, **draw).sub(0.5).sign().to(x.dtype)
-    stripes = torch.rand(c, 1, w, **draw).sub(0.5).sign().to(x.dtype)
-    x_adv = (x + eps * stripes).clamp(0, 1)
+    colours = torch.rand(queries, c, 1, 1, **draw).sub(0.5).sign().to(x.dtype) * eps
+    stripes = torch.rand(c, 1, w, **draw).sub(0.5).sign().to(x.dtype) * eps
+    x_adv = candidate = (x + stripes).clamp(0, 1)
     found, rows = x_adv.clone(), torch.arange(len(x), device=x.device)
     best = x.new_full((len(x),), -math.inf, dtype=torch.float32)
     with attack_mode(model):
         for query in range(queries):
-            candidate = x_adv
             if query:
-                side = _window_side(query / queries, h, w)
+                side = square_side(query / queries, h, w)
                 top, left = (int(at * (n - side + 1)) for at, n in zip(corners[query], (h, w)))
                 window = ..., slice(top, top + side), slice(left, left + side)
                 candidate = x_adv.clone()
-                candidate[window] = (x[window] + eps * signs[query]).clamp(0, 1)
+                candidate[window] = (x[window] + colours[query]).clamp(0, 1)
             logits = model(candidate)
-            margin = attack_loss(logits, y, "margin")
-            better = margin > best
-            best = torch.where(better, margin, best)
-            x_adv = torch.where(better.view(-1, 1, 1, 1), candidate, x_adv)
-            fallen = _has_fallen(model, candidate, y, logits)
-            if fallen.any():
-                found[rows[fallen]] = candidate[fallen]
-                rows, x, y, x_adv, best = (t[~fallen] for t in (rows, x, y, x_adv, best))
+            reached, stands = margin(logits, y), is_right(logits, y)
+            x_adv = choose((reached > best) | ~stands, candidate, x_adv)
+            best = reached.maximum(best)
+            found[rows] = x_adv
+            rows, x, y, x_adv, best = (t[stands] for t in (rows, x, y, x_adv, best))
             if not len(rows):
                 break
-    found[rows] = x_adv
     return found
 
 
-@dataclass(frozen=True)
-class Attack:
-    """An attack of this section with its settings, as robust_accuracy runs it."""
-
-    function: object
-    settings: dict = field(default_factory=dict)
-    start: float = 0.0  # radius of the random start in units of eps; 0: the attack's own affair
-    target: str = ""  # the label to reach, where there is one: "random" or "least" (likely)
-    exact: bool = False  # needs no gradient; searches in fp32, as bf16 hides its small gains
+def pgd_to_class(model, x, y, eps, steps=10, *, pick="least", generator=None, **options):
+    """PGD towards another class: the "least" likely one, or a "random" one for each class."""
+    check_attack(x, y, eps, options.get("norm", "linf"))
+    logits = exact_logits(model, x)
+    if pick == "least":
+        target = logits.scatter(1, y[:, None], math.inf).argmin(1)
+    else:
+        k = logits.shape[1]
+        away = torch.randint(1, k, (k,), generator=generator, device=x.device)
+        target = (y + away[y]) % k
+    climb = lambda logits, _: -cross_entropy(logits, target)  # noqa: E731
+    return pgd(model, x, y, eps, steps, loss=climb, generator=generator, **options)
 
 
 ATTACKS = {
-    "fgsm": Attack(fgsm),
-    "rs-fgsm": Attack(rs_fgsm, {}, 1.0),
-    "n-fgsm": Attack(n_fgsm, {}, 2.0),  # leaves the ball, so it hardly ever counts
-    "pgd": Attack(pgd, {"steps": 20}, 1.0),
-    "pgd-margin": Attack(pgd, {"steps": 20, "loss": "margin"}, 1.0),  # Carlini & Wagner's loss
-    "pgd-kl": Attack(pgd, {"steps": 20, "loss": "kl"}, 1.0),
-    "pgd-dlr": Attack(pgd, {"steps": 20, "loss": "dlr"}, 1.0),
-    "energy-down": Attack(pgd, {"steps": 20, "loss": "energy"}, 1.0),
-    "energy-up": Attack(apgd, {"steps": 40, "loss": "energy-up", "until_fooled": False}),
-    "pgd-t-random": Attack(pgd, {"steps": 20}, 1.0, "random"),
-    "pgd-t-least": Attack(pgd, {"steps": 20}, 1.0, "least"),
-    "apgd-ce": Attack(apgd, {"steps": 100}),
-    "apgd-dlr": Attack(apgd, {"steps": 100, "loss": "dlr"}),
-    "apgd-t": Attack(apgd_t, {"steps": 100}),
-    "square": Attack(square, {"queries": 5000}, exact=True),
+    "fgsm": partial(fgsm),
+    "rs-fgsm": partial(rs_fgsm),
+    "n-fgsm": partial(n_fgsm),  # leaves the ball, so it hardly ever counts
+    "pgd": partial(pgd, steps=20),
+    "pgd-margin": partial(pgd, steps=20, loss=margin),
+    "pgd-dlr": partial(pgd, steps=20, loss=dlr),
+    "pgd-kl": partial(kl_pgd, steps=20),
+    "energy-down": partial(pgd, steps=20, loss=likelier),
+    "energy-up": partial(apgd, steps=40, loss=fooling_and_unlikely, until_fooled=False),
+    "pgd-t-random": partial(pgd_to_class, steps=20, pick="random"),
+    "pgd-t-least": partial(pgd_to_class, steps=20),
+    "apgd-ce": partial(apgd, steps=100),
+    "apgd-dlr": partial(apgd, steps=100, loss=dlr),
+    "apgd-t": partial(apgd_t, steps=100),
+    "square": partial(square, queries=5000),
 }
-
-
 SUITES = {
     "quick": ["fgsm", "pgd", "pgd-margin"],
     "standard": ["apgd-ce", "apgd-t", "square"],  # AutoAttack without FAB-T
-    "energy": [a for a in ATTACKS if a not in ("n-fgsm", "apgd-dlr", "square")],
+    "energy": [name for name in ATTACKS if name not in ("n-fgsm", "apgd-dlr", "square")],
     "all": list(ATTACKS),
 }
 
 
-def run_attack(name, model, x, y, eps, norm="linf", seed=0, restarts=1, **settings):
-    """Runs the attack `name` on images: fgsm's arguments, and settings such as steps=50.
-
-    All randomness comes from (seed, name) and is the same for every image: what happens to an image
-    depends neither on its place nor on its batch. restarts, of attacks that start at random
-    (PGD's, RS- and N-FGSM): what still stands is attacked again. Returns: x_adv, like x.
-    Raises: BadInput.
-    """
-    check_choice("attack", name, ATTACKS)
-    if restarts > 1 and ATTACKS[name].start:
-        x_adv = run_attack(name, model, x, y, eps, norm, seed, **settings)
-        for again in range(seed + 1, seed + restarts):
-            rows = is_right(exact_logits(model, x_adv), y).nonzero()[:, 0]
-            if len(rows):
-                part = x[rows], y[rows]
-                x_adv[rows] = run_attack(name, model, *part, eps, norm, again, **settings)
-        return x_adv
-    for setting in settings:
-        check_choice("attack setting", setting, {k for a in ATTACKS.values() for k in a.settings})
-    attack = ATTACKS[name]
-    options = attack.settings | {a: v for a, v in settings.items() if a in attack.settings}
-    generator = torch.Generator(x.device).manual_seed(zlib.crc32(f"{name} {seed}".encode()))
-    if attack.start:
-        noise = random_noise(x[:1], attack.start * eps, norm, generator)
-        options["start"] = (x + noise).clamp(0, 1)
-    elif attack.function is not fgsm:
-        options["generator"] = generator
-    if attack.target:
-        logits, options["targeted"] = exact_logits(model, x), True
-        if attack.target == "least":
-            y = logits.scatter(1, y[:, None], math.inf).argmin(1)
-        else:  # another class, drawn once for every class
-            k = logits.shape[1]
-            away = torch.randint(1, k, (k,), generator=generator, device=x.device)
-            y = (y + away[y]) % k
-    return attack.function(model, x, y, eps, norm=norm, **options)
-
-
-def try_gradient(model, x, y, dtype=torch.float32):
-    """The gradient of a real attack step (N, C, H, W). Raises: BadInput where there can be none."""
-    try:
-        with attack_mode(model), autocast(x.device, dtype):
-            return input_gradient(model, x, y)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a stranger's model raises
-        why = f"{' '.join(str(error).split())[:200]}); --attacks square can"
-        raise BadInput(f"gradient attacks cannot run in {str(dtype)[6:]} ({why}") from error
-
-
-def check_model(model, x, y, names=("square",)):
-    """The clean logits, fp32 (N, K). Raises BadInput where model, images and attacks do not fit."""
-    place = next((p.device for p in model.parameters()), x.device)
-    if not place == x.device == y.device:
-        raise BadInput(f"model on {place}, images on {x.device}, labels on {y.device}: move them")
-    if not len(x):
-        raise BadInput("no images to attack")
-    try:
-        logits = exact_logits(model, x)
-        exact_logits(model, x[:1])  # what has fallen leaves the batch: one image may remain
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever a stranger's model raises
-        images = f"images of shape {tuple(x.shape[1:])}, in batches of any size"
-        raise BadInput(f"the model does not take {images}: {error}") from error
-    if logits.ndim != 2 or (k := logits.shape[1]) < 2:
-        raise BadInput(f"a classifier gives logits (N, K), K >= 2, not {tuple(logits.shape)}")
-    if not logits.isfinite().all():
-        raise BadInput("the model gives NaN or infinite logits on clean images")
-    if y.min() < 0 or y.max() >= k:
-        raise BadInput(f"labels from {y.min()} to {y.max()}, but the model has {k} classes")
-    if not all(ATTACKS[name].exact for name in names):
-        try_gradient(model, x[:2], y[:2])
-    return logits
-
-
-def _row(name, logits, logits_adv, x, x_adv, y, **more):
-    """One line of the table: how a set of images fared; means over them, and E(x*) of each."""
-    moved, energy = (x_adv - x).flatten(1), energy_x(logits_adv)
-    finite = logits_adv.isfinite().all(1)  # the others have an accuracy, 0, but no energy
-    means = {
-        "energy": energy, "delta_energy": delta_energy(logits, logits_adv),
-        "delta_energy_xy": delta_energy(logits, logits_adv, y),
-        "cross_entropy": attack_loss(logits_adv, y),
-        "linf": moved.abs().amax(1), "l2": moved.norm(dim=1),
-    }  # fmt: skip
-    means = {k: v[finite].mean().item() for k, v in means.items()}
-    counts = {"n": len(x), "accuracy": is_right(logits_adv, y).float().mean().item()}
-    more |= {"nonfinite": int((~finite).sum()), "energies": energy[finite].cpu()}
-    return {"attack": name, **counts, **means, **more}
-
-
-def _inside(x_adv, x, eps, norm):
-    """Which images (N,) lie in the ball and in [0, 1], but for rounding."""
-    moved = (x_adv - x).flatten(1)
-    size = moved.abs().amax(1) if norm == "linf" else moved.norm(dim=1)
-    low, high = x_adv.flatten(1).aminmax(dim=1)
-    return (size <= eps * (1 + 1e-5) + 1e-6) & (low >= 0) & (high <= 1)
-
-
 def attacks_of(suite, norm="linf"):
-    """The names in a suite, or in a list of names; refuses those that are unknown in that norm."""
+    """The names in a suite, or in a list of names. Raises: BadInput for what that norm lacks."""
     known = [name for name in ATTACKS if norm == "linf" or name != "square"]
     if isinstance(suite, str):
         check_choice("suite", suite, SUITES)
@@ -2266,137 +1729,178 @@ def attacks_of(suite, norm="linf"):
     return suite
 
 
-def _plan(model, x, y, suite, norm, precision, numbers):
-    """What robust_accuracy begins with: clean logits, names of attacks, dtype of search, notes."""
-    for setting, value in numbers.items():
-        if value < 1:
-            raise BadInput(f"{setting} must be at least 1, not {value}")
-    names, dtype = attacks_of(suite, norm), pick_precision(precision, x.device)
-    left_out = isinstance(suite, str) and names != SUITES[suite]
-    notes = ["Square is left out: it attacks in linf only."] * left_out
-    clean = check_model(model, x, y, names)
-    if dtype != torch.float32 and not all(ATTACKS[name].exact for name in names):
-        try:
-            try_gradient(model, x[:2], y[:2], dtype)
-        except BadInput as error:
-            dtype, notes = torch.float32, [*notes, f"Searched in fp32: {error}."]
-    return clean, names, dtype, notes
-
-
 @torch.no_grad()
 def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, batch_size=500,
-                    precision="auto", on_progress=None, **settings):  # fmt: skip
-    """(E33) Accuracy under the worst of several attacks, image by image, and their energies.
+                    restarts=1, steps=None, queries=None, on_progress=None):  # fmt: skip
+    """(E30) Accuracy under the worst of several attacks, image by image, and their energies.
 
     An image has fallen when it is misclassified, or when an attack has found a point in its ball
-    and in [0, 1] that is misclassified in plain fp32 (the search itself may run in bf16). The suite
-    "standard", AutoAttack without FAB-T (which changed 0 of 600 images), attacks only what still
-    stands, so its rows speak of ever fewer images; in the others energies can be compared.
+    and in [0, 1] that is misclassified. The suite "standard", AutoAttack without FAB-T (which
+    changed 0 of 600 images), attacks only what still stands, so its rows speak of ever fewer
+    images; in the others every attack sees all images, so that energies can be compared.
 
     Args:
         model, x, y, eps, norm: as for fgsm; the model on the images' device.
         suite: a name of SUITES, or a list of names of ATTACKS.
-        batch_size: on it only speed and memory depend; precision: see pick_precision.
+        restarts: how often an attack with a random start is tried on what it left standing.
+        steps, queries: for the attacks that have them.
         on_progress: called as (rows so far, attack, images done, images in all) after every batch.
-        settings: steps, queries and restarts, for the attacks that have them.
     Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, else x; fallen
-        (N,); rows, natural images first: the means of _row over the n images attacked, worst
-        (robust accuracy of ALL images so far), outside (wrong, but out of the ball: not counted),
-        nonfinite (logits: counted as wrong), gradients and queries per image, seconds; notes.
+        (N,); rows, natural images first, the dicts of `describe`: worst is the robust accuracy of
+        ALL images so far, outside how many were wrong but out of the ball (not counted), gradients
+        and queries are costs per image.
     Raises: BadInput. Source: Croce & Hein 2020 (worst case); Mirza et al. 2024 (energies).
     """
     check_attack(x, y, eps, norm)
-    began, numbers = time.perf_counter(), settings | {"batch_size": batch_size}
-    clean, names, dtype, notes = _plan(model, x, y, suite, norm, precision, numbers)
-    fallen, worst = ~is_right(clean, y), x.clone()
-    row = {"worst": (~fallen).float().mean().item(), "outside": 0, "gradients": 0.0, "queries": 1.0}
-    rows = [_row("natural", clean, clean, x, x, y, **row, seconds=time.perf_counter() - began)]
+    names = attacks_of(suite, norm)
+    settings = {k: v for k, v in {"steps": steps, "queries": queries}.items() if v is not None}
+    for name, value in (settings | {"batch_size": batch_size, "restarts": restarts}).items():
+        if value < 1:
+            raise BadInput(f"{name} must be at least 1, not {value}")
+    began, cost = time.perf_counter(), {"gradients": 0, "queries": len(x)}
 
     def count(_, inputs):
         """Counts the images that pass through the model, with a gradient or without."""
-        counts["gradients" if torch.is_grad_enabled() else "queries"] += len(inputs[0])
+        cost["gradients" if torch.is_grad_enabled() else "queries"] += len(inputs[0])
 
+    def about(outside=0):
+        """What a row says of the search, beside `describe`."""
+        per_image = {k: v / len(chosen) for k, v in cost.items()}
+        worst_case = {"worst": 1 - fallen.double().mean().item(), "outside": outside}
+        return worst_case | per_image | {"seconds": time.perf_counter() - began}
+
+    clean = check_model(model, x, y, names)
+    fallen, worst, chosen = ~is_right(clean, y), x.clone(), torch.arange(len(x), device=x.device)
+    rows = [describe("natural", clean, clean, x, x, y) | about()]
     net = nn.Sequential(model)  # around it, since TorchScript takes no hooks
     net.register_forward_pre_hook(count)
     for name in names:
-        began, counts = time.perf_counter(), {"gradients": 0, "queries": 0}
-        chosen = (~fallen if suite == "standard" else torch.ones_like(fallen)).nonzero()[:, 0]
+        began, cost["gradients"], cost["queries"] = time.perf_counter(), 0, 0
+        own = {k: v for k, v in settings.items() if k in ATTACKS[name].keywords}
+        own |= dict(norm=norm, generator=torch.Generator(x.device).manual_seed(seed))
+        if suite == "standard":
+            chosen = (~fallen).nonzero()[:, 0]
         if not len(chosen):
             break
-        found, search = [], torch.float32 if ATTACKS[name].exact else dtype
-        for part in chosen.split(batch_size):
-            with autocast(x.device, search):
-                found.append(run_attack(name, net, x[part], y[part], eps, norm, seed, **settings))
+        x_adv, done = x[chosen], 0
+        for part in torch.arange(len(chosen), device=x.device).split(batch_size):
+            done += len(part)
+            for attempt in range(restarts if name != "fgsm" else 1):
+                if attempt:  # only on what still stands
+                    right = is_right(exact_logits(model, x_adv[part]), y[chosen[part]])
+                    part = part[right]
+                if len(part):
+                    with true_fp32():
+                        batch = x[chosen[part]], y[chosen[part]]
+                        x_adv[part] = ATTACKS[name](net, *batch, eps, **own)
             if on_progress:
-                on_progress(rows, name, sum(map(len, found)), len(chosen))
-        x_adv, x_part, y_part = torch.cat(found), x[chosen], y[chosen]
+                on_progress(rows, name, done, len(chosen))
         logits = exact_logits(model, x_adv)
-        spent = {k: v / len(chosen) for k, v in counts.items()}
-        spent["seconds"] = time.perf_counter() - began
-        wrong, inside = ~is_right(logits, y_part), _inside(x_adv, x_part, eps, norm)
-        fell = wrong & ~fallen[chosen] & inside
-        worst[chosen[fell]] = x_adv[fell]
-        fallen[chosen[fell]] = True
-        share = {"worst": (~fallen).float().mean().item(), "outside": int((wrong & ~inside).sum())}
-        rows.append(_row(name, clean[chosen], logits, x_part, x_adv, y_part, **share, **spent))
+        wrong = ~is_right(logits, y[chosen])
+        inside = (project(x_adv, x[chosen], eps, norm) - x_adv).flatten(1).abs().amax(1) < 2e-6
+        fell = wrong & inside & ~fallen[chosen]
+        worst[chosen[fell]], fallen[chosen[fell]] = x_adv[fell], True
+        row = describe(name, clean[chosen], logits, x[chosen], x_adv, y[chosen])
+        rows.append(row | about(outside=int((wrong & ~inside).sum())))
     found = {"clean_acc": rows[0]["worst"], "robust_acc": rows[-1]["worst"], "rows": rows}
-    return found | {"x_adv": worst, "fallen": fallen, "notes": notes}
+    return found | {"x_adv": worst, "fallen": fallen}
+
+
+def describe(name, logits, logits_adv, x, x_adv, y):
+    """How attacked images fared: n, accuracy, means of energies and distances, and each E(x*)."""
+    moved, finite = (x_adv - x).flatten(1), logits_adv.isfinite().all(1)
+    means = {
+        "energy": energy_x(logits_adv), "delta_energy": delta_energy(logits, logits_adv),
+        "delta_energy_xy": delta_energy(logits, logits_adv, y),
+        "cross_entropy": cross_entropy(logits_adv, y),
+        "linf": moved.abs().amax(1), "l2": moved.norm(dim=1),
+    }  # fmt: skip
+    row = {"attack": name, "n": len(x), "nonfinite": int((~finite).sum())}
+    row |= {"accuracy": is_right(logits_adv, y).double().mean().item()}
+    row |= {k: v[finite].mean().item() for k, v in means.items()}  # others have no energy
+    return row | {"energies": energy_x(logits_adv)[finite].cpu()}
+
+
+def check_model(model, x, y, names=("square",)):
+    """The clean logits, fp32 (N, K). Raises BadInput where model, images and attacks do not fit."""
+    place = next((p.device for p in model.parameters()), x.device)
+    if not place == x.device == y.device:
+        raise BadInput(f"model on {place}, images on {x.device}, labels on {y.device}: move them")
+    if not len(x):
+        raise BadInput("no images to attack")
+    trouble = f"the model does not take images of shape {tuple(x.shape[1:])} in any batch size"
+    try:
+        logits = exact_logits(model, x)
+        exact_logits(model, x[:1])  # what has fallen leaves the batch: one image may remain
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise BadInput(f"a classifier gives logits (N, K), K >= 2, not {tuple(logits.shape)}")
+        if not logits.isfinite().all():
+            raise BadInput("the model gives NaN or infinite logits on clean images")
+        if not 0 <= y.min() <= y.max() < logits.shape[1]:
+            raise BadInput(f"labels from {y.min()} to {y.max()}, but the model has"
+                           f" {logits.shape[1]} classes")  # fmt: skip
+        if set(names) - {"square"}:
+            trouble = "gradient attacks cannot run, --attacks square can"
+            with attack_mode(model):
+                gradient_of(model, x[:2], y[:2], cross_entropy)
+    except (BadInput, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever a stranger's model raises
+        raise BadInput(f"{trouble}: {' '.join(str(error).split())[:300]}") from error
+    return logits
 
 
 @torch.no_grad()
 def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
     """Reasons to distrust a robust accuracy: a list of sentences, empty if nothing was noticed.
 
-    Gradients that lead nowhere make a model LOOK robust. Tried on `most` of the images: are there
-    logits at all, the same ones twice and in any batch, are gradients zero, does one step beat
-    many, does a ball that can erase every image leave some standing; and in the `rows` of
-    robust_accuracy: did Square, which uses no gradient, break what gradient attacks could not?
-
-    Arguments as for robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
+    Gradients that lead nowhere make a model LOOK robust. Tried on `most` of the images, and on the
+    `rows` of robust_accuracy. Arguments as there.
+    Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
     """
-    x, y = (t[evenly(most, len(t)).to(t.device)] for t in (x, y))
+    some = evenly(most, len(x)).to(x.device)
+    x, y = x[some], y[some]
     logits = exact_logits(model, x)
-    grey_eps = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5  # reaches grey from anywhere
-    probabilities = (logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all()
-    again = (exact_logits(model, x) - logits).abs().max() > 0.01 * logits.abs().max()
-    alone = (exact_logits(model, x[:20], 1) - logits[:20]).abs().max() > 0.01 * logits.abs().max()
-    broken = sum(row.get("nonfinite", 0) for row in rows)
-    unsteady = [
+    again = exact_logits(model, x) - logits
+    alone = exact_logits(model, x[:20], 1) - logits[:20]
+    again, alone = (d.abs().max() > 0.01 * logits.abs().max() for d in (again, alone))
+    sums_to_one = (logits >= 0).all() and (logits.sum(1) - 1).abs().max() < 1e-3
+    broken = sum(row["nonfinite"] for row in rows)
+    drop = max([before["worst"] - row["worst"] for before, row in zip(rows, rows[1:])
+                if row["attack"] == "square" and before["gradients"] > 1], default=0)  # fmt: skip
+    signs = [  # (noticed?, what to say)
         (again, "Asked twice, the model gives other logits (dropout left on?): results vary."),
         (alone and not again, "Alone, an image gets other logits than in a batch: results vary."),
         (broken, f"{broken} attacked points have NaN or infinite logits: they count as fallen."),
+        (sums_to_one or energy_x(logits).abs().max() < 1e-3, "The model ends in softmax or"
+         " log-softmax: gradients shrink and energies mean nothing; give the logits before it."),
+        (drop > 0.01, f"Square, which uses no gradient, broke {drop:.1%} of the images, all of"
+         " which the attacks before it had left standing: gradients may be masked."),
     ]  # fmt: skip
     try:
-        zero = (try_gradient(model, x, y).flatten(1) == 0).all(1).float().mean().item()
-    except BadInput as error:  # Square alone can attack such a model, and has its say all the same
-        return [sentence for noticed, sentence in unsteady if noticed] + [f"Beware: {error}."]
+        check_model(model, x, y, ["pgd"])
+    except BadInput as error:  # Square alone can attack such a model
+        return [sentence for noticed, sentence in signs if noticed] + [f"Beware: {error}."]
+    with attack_mode(model):
+        gradient = gradient_of(model, x, y, cross_entropy)[1]
+    flat = (gradient.flatten(1) == 0).all(1).double().mean().item()
+    far = 0.5 if norm == "linf" else 0.5 * x[0].numel() ** 0.5  # reaches grey from anywhere
 
-    def left(name, size):
+    def left(attack, size):
         """Accuracy that an attack of that size leaves."""
-        x_adv = run_attack(name, model, x, y, size, norm, steps=10)
-        return is_right(exact_logits(model, x_adv), y).float().mean().item()
+        generator = torch.Generator(x.device).manual_seed(0)
+        x_adv = attack(model, x, y, size, norm=norm, generator=generator)
+        return is_right(exact_logits(model, x_adv), y).double().mean().item()
 
-    one, many, grey = left("fgsm", eps), left("pgd", eps), left("pgd", grey_eps)
-    drops = [rows[i - 1]["worst"] - row["worst"] for i, row in enumerate(rows) if row["attack"]
-             == "square" and any(before["gradients"] > 1 for before in rows[:i])]  # fmt: skip
-    drop = max([0.0, *drops])
-    alarm = OverfittingMonitor()  # section 4: the same thresholds
-    signs = unsteady + [  # (noticed?, what to say)
-        (probabilities, "The model gives probabilities, not logits (a softmax at its end?):"
-         " gradients shrink and energies mean nothing; attack it without the softmax."),
-        (energy_x(logits).abs().max() < 1e-3, "The model gives log-probabilities: E(x) is 0 for"
-         " every image; energies need the logits before log_softmax."),
-        (zero > 0.1, f"The gradient of the loss is exactly zero for {zero:.0%} of the images:"
-         " gradient attacks cannot see where to go."),
+    one, many, grey = left(fgsm, eps), left(pgd, eps), left(pgd, far)
+    signs += [
+        (flat > 0.1, f"The gradient is exactly zero for {flat:.0%} of the images: a dead end."),
         (one < many - 0.02, f"One step (FGSM, {one:.1%} left) hurts more than ten (PGD-10,"
          f" {many:.1%}): the gradient misleads; trust the worst case at most."),
-        (one - many >= alarm.co_gap and many <= alarm.co_ratio * one, f"FGSM leaves {one:.1%} right"
-         f" but PGD-10 only {many:.1%}: catastrophic overfitting; accuracy under FGSM says nothing"
-         " here."),
-        (grey > 0.1, f"PGD with eps {grey_eps:.3g}, enough to turn every image grey, leaves"
-         f" {grey:.1%} right: the attack does not work on this model."),
-        (drop > 0.01, f"Square, which uses no gradient, broke {drop:.1%} of the images,"
-         " all of which the attacks before it had left standing: gradients may be masked."),
+        (catastrophic_overfitting(many, one, one), f"FGSM leaves {one:.1%} right but PGD-10 only"
+         f" {many:.1%}: catastrophic overfitting; accuracy under FGSM says nothing here."),
+        (grey > 0.1, f"PGD with eps {far:.3g}, enough to turn every image grey, leaves {grey:.1%}"
+         " right: the attack does not work on this model."),
     ]  # fmt: skip
     return [sentence for noticed, sentence in signs if noticed]
 
@@ -2431,7 +1935,7 @@ def judge_images(judge, x, batch_size=500, on_progress=None):
 
 
 def inception_score(probabilities, splits=10):
-    """(E34) IS = exp(mean_x KL(p(y|x) || p(y))), p(y) = mean_x p(y|x): from 1 to K, high is good.
+    """(E31) IS = exp(mean_x KL(p(y|x) || p(y))), p(y) = mean_x p(y|x): from 1 to K, high is good.
 
     Args: probabilities (N, K); splits: mean and std over that many parts, shuffled by a fixed seed
         (consecutive parts of images sorted by class would hold one class each).
@@ -2450,7 +1954,7 @@ def inception_score(probabilities, splits=10):
 
 
 def frechet_distance(a, b):
-    """(E35) FD = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), between two sets of features.
+    """(E32) FD = |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), between two sets of features.
 
     m and C are mean and covariance. With A the centred features over sqrt(n - 1), C_a = A^T A, and
     the eigenvalues of (C_a C_b)^(1/2) are the singular values of A B^T. So no matrix square root is
@@ -2485,7 +1989,7 @@ def nearest_distance(a, b, batch_size=1000):
 
 
 def precision_recall(real, fake, k=3, batch_size=1000):
-    """(E36) Improved precision and recall: how real the fakes are, how much of the real they cover.
+    """(E33) Improved precision and recall: how real the fakes are, how much of the real they cover.
 
     Around each image of a set a ball reaches to its k-th nearest of the same set. Precision: share
     of fakes within any real ball; recall: share of real images within any fake ball.
@@ -2510,76 +2014,86 @@ def precision_recall(real, fake, k=3, batch_size=1000):
 
 
 def class_agreement(probabilities, y):
-    """(E37) Share of images whose class the judge recognises: (N, K), (N,) -> float in [0, 1]."""
+    """(E34) Share of images whose class the judge recognises: (N, K), (N,) -> float in [0, 1]."""
     return (probabilities.argmax(1) == y).float().mean().item()
 
 
-# ==== 13. Settings: the configuration, the recipes ================================================
+# ==== 13. Settings ================================================================================
 
 
-def _opt(default, panel, note):
-    """A field of Config: its default, its group in --help, and its note, shown there too."""
-    return field(default=default, metadata={"note": note, "panel": panel})
+def opt(default, note, low=None, high=1e9):
+    """A field of Config: its default, its note, and the least and most it may be."""
+    return dataclasses.field(default=default, metadata={"note": note, "low": low, "high": high})
 
 
 @dataclass
 class Config:
     """Every setting of a training run, with the default of the demonstration (shapes, FGSM).
 
-    Skip it on first reading: each name is explained where it is used. `recipe`
-    gives the defaults that suit another data set or method. All values are plain Python,
-    so that a checkpoint can store them and be read without running any code.
+    Skip it on first reading: each name is explained where it is used. `recipe` gives the defaults
+    that suit another data set or method. All values are plain Python, so that a checkpoint can
+    store them and be read without running any code. The notes and groups are those of --help, too.
     """
 
     # fmt: off
-    dataset: str = _opt("shapes", "Data", "shapes, cifar10, cifar100, svhn, mnist, fashion-mnist,"
-                        " FILE.npz, or a FOLDER with train/ and test/")
-    data_dir: str = _opt("data", "Data", "where torchvision's data sets lie or are downloaded to")
-    limit: int = _opt(0, "Data", "train on that many images, stratified; 0 = all")
-    val_fraction: float = _opt(0.1, "Data", "share of train held out, to choose 'best' on")
-    augment: str = _opt("none", "Data", "none, crop (padded by side / 8), or crop-flip")
-    model: str = _opt("small", "Model", "small, preactresnet18, wrn-28-10, or wrn-34-10")
-    width: int = _opt(16, "Model", "channels of the first stage of the small model, at least 8")
-    method: str = _opt("fgsm", "Method", "none, fgsm, rs-fgsm, n-fgsm, pgd, trades, mart, weat-nat,"
-                       " weat-adv")
-    eps: float = _opt(20 / 255, "Method", "radius of the attack's ball; write 8/255")
-    eps_warmup: float = _opt(3.0, "Method", "epochs over which eps grows linearly from 0")
-    norm: str = _opt("linf", "Method", "linf or l2: how the ball is measured")
-    attack_steps: int = _opt(10, "Method", "steps of the training attack (multi-step methods)")
-    attack_step: float = _opt(0.0, "Method", "its step size, in [0, 1] pixels; 0: eps / 4")
-    attack_bn: str = _opt("train", "Method", "BatchNorm inside the training attack: eval or train")
-    method_beta: float = _opt(6.0, "Method", "weight of the KL term of trades, mart and weat")
-    der: bool = _opt(False, "Regularizers", "add the Delta Energy Regularizer")
-    beta: float = _opt(1.5, "Regularizers", "weight of DER, in loss per nat of delta energy")
-    gamma: float = _opt(0.0, "Regularizers", "delta energy that DER leaves alone, in nats")
-    der_on: str = _opt("all", "Regularizers", "which images DER presses: all, or abnormal (AAEs)")
-    der_from: float = _opt(0.0, "Regularizers", "share of the epochs after which DER is on")
-    der_ramp: float = _opt(0.7, "Regularizers", "share of the epochs over which beta then grows"
-                           " linearly to its value; 0: at once")
-    grad_align: float = _opt(0.0, "Regularizers", "weight of GradAlign; 0 = off")
-    awp: float = _opt(0.0, "Regularizers", "gamma of adversarial weight perturbation; 0 = off")
-    awp_warmup: int = _opt(0, "Regularizers", "epochs before AWP begins")
-    epochs: int = _opt(20, "Optimisation", "passes over the training images")
-    batch_size: int = _opt(64, "Optimisation", "images per step, over all processes")
-    lr: float = _opt(0.2, "Optimisation", "highest learning rate of SGD")
-    schedule: str = _opt("triangular", "Optimisation", "triangular, piecewise, cosine, or constant")
-    lr_peak: float = _opt(0.4, "Optimisation", "share of the epochs at which triangular peaks")
-    lr_drops: str = _opt("0.5,0.75", "Optimisation", "shares of the epochs at which piecewise falls"
-                         " to a tenth")
-    momentum: float = _opt(0.9, "Optimisation", "momentum of SGD")
-    weight_decay: float = _opt(5e-4, "Optimisation", "L2 penalty of SGD, on every parameter")
-    ema: float = _opt(0.0, "Optimisation", "decay of averaged weights, then judged; 0 = off")
-    on_overfit: str = _opt("continue", "Overfitting", "at an alarm: continue, stop, rollback, der")
-    probe_size: int = _opt(400, "Overfitting", "validation images measured every epoch, and half as"
-                           " many of test, a quarter of train")
-    probe_every: int = _opt(200, "Overfitting", "steps between the cheap checks inside an epoch")
-    test_size: int = _opt(0, "Overfitting", "test images that judge last and best; 0 = all")
-    seed: int = _opt(0, "Machine", "weights, order, augmentation and noise follow from it")
-    device: str = _opt("auto", "Machine", "auto, cpu, cuda, cuda:1, mps")
-    threads: int = _opt(0, "Machine", "CPU threads; 0: one for the small model, else all cores")
-    precision: str = _opt("auto", "Machine", "auto (bf16 where the hardware has it), bf16, or fp32")
-    compile: bool = _opt(False, "Machine", "run the network through torch.compile")
+    # Data
+    dataset: str = opt("shapes", "shapes, cifar10, cifar100, svhn, mnist, fashion-mnist, FILE.npz,"
+                       " or a FOLDER with train/ and test/")
+    data_dir: str = opt("data", "where torchvision's data sets lie or are downloaded to")
+    limit: int = opt(0, "train on that many images, stratified; 0 = all", 0)
+    val_fraction: float = opt(0.1, "share of train held out, to choose 'best' on", 0)
+    augment: Literal["none", "crop", "crop-flip"] = opt("none", "crops are padded by side / 8")
+    # Model
+    model: Literal[MODELS] = opt("small", "small is for CPUs")
+    width: int = opt(16, "channels of the first stage of the small model", 8, 512)
+    # Method
+    method: Literal[tuple(METHODS)] = opt("fgsm", "how the network is trained")
+    eps: float = opt(20 / 255, "radius of the attack's ball; write 8/255", 0)
+    eps_warmup: float = opt(3.0, "epochs over which eps grows linearly from 0", 0)
+    norm: Literal["linf", "l2"] = opt("linf", "how the ball is measured")
+    attack_steps: int = opt(10, "steps of the training attack (multi-step methods)", 1)
+    attack_step: float = opt(0.0, "its step size, in [0, 1] pixels; 0: eps / 4", 0)
+    attack_bn: Literal["train", "eval"] = opt("train", "BatchNorm inside the training attack")
+    method_beta: float = opt(6.0, "weight of the KL term of trades, mart and weat", 0)
+    # Regularizers
+    der: bool = opt(False, "add the Delta Energy Regularizer")
+    beta: float = opt(1.5, "weight of DER, in loss per nat of delta energy", 0)
+    gamma: float = opt(0.0, "delta energy that DER leaves alone, in nats", 0)
+    der_on: Literal["all", "abnormal"] = opt("all", "which images DER presses: all, or AAEs")
+    der_from: float = opt(0.0, "share of the epochs after which DER is on", 0, 0.999)
+    der_ramp: float = opt(0.7, "share of the epochs over which beta then grows; 0: at once", 0)
+    grad_align: float = opt(0.0, "weight of GradAlign; 0 = off", 0)
+    awp: float = opt(0.0, "gamma of adversarial weight perturbation; 0 = off", 0)
+    awp_warmup: int = opt(0, "epochs before AWP begins", 0)
+    # Optimisation
+    epochs: int = opt(20, "passes over the training images", 1)
+    batch_size: int = opt(64, "images per step, over all processes", 2)  # 1: no batch statistics
+    lr: float = opt(0.2, "highest learning rate of SGD", 0)
+    schedule: Literal["triangular", "piecewise", "cosine", "constant"] = opt("triangular", "of lr")
+    lr_peak: float = opt(0.4, "share of the epochs at which triangular peaks", 0.001, 0.999)
+    lr_drops: str = opt("0.5,0.75", "shares of the epochs at which piecewise falls to a tenth")
+    momentum: float = opt(0.9, "momentum of SGD", 0, 0.999)
+    weight_decay: float = opt(5e-4, "L2 penalty of SGD, on every parameter", 0)
+    # Overfitting
+    on_overfit: Literal["continue", "stop", "rollback", "der"] = opt("continue", "at an alarm")
+    probe_size: int = opt(400, "validation images measured every epoch; half of test, a quarter of"
+                          " train", 1)
+    test_size: int = opt(0, "test images that judge last and best; 0 = all", 0)
+    # Machine
+    seed: int = opt(0, "weights, order, augmentation and noise follow from it", 0, 2**32 - 1)
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    threads: int = opt(0, "CPU threads; 0: one for the small model, else all cores", 0, 1024)
+    precision: Literal["auto", "bf16", "fp32"] = opt("auto", "auto: bf16 where the hardware has it")
+    compile: bool = opt(False, "run the network through torch.compile")
     # fmt: on
+
+
+HISTORY = [  # of history.csv; on test images, but for train_... and val_...; energies in nats
+    "epoch", "lr", "train_loss", "clean_acc", "fgsm_acc", "pgd_acc", "val_pgd_acc",
+    "energy", "delta_energy_fgsm", "delta_energy_pgd", "abs_delta_energy_pgd",
+    "train_delta_energy_pgd", "verdict", "seconds", "val_fgsm_acc", "val_delta_energy_pgd",
+    "probe_seconds", "fgsm_aae", "val_fgsm_aae", *TRACKED,
+]  # fmt: skip
 
 
 PRESETS = {
@@ -2606,9 +2120,8 @@ def recipe(dataset="shapes", method="fgsm", **given):
     check_choice("method", method, METHODS)
     for name in given:
         check_choice("setting", name, vars(Config()))
-    config, how = Config(dataset=str(dataset), method=method), METHODS[method]
     svhn, wide = dataset == "svhn", str(given.get("model")).startswith("wrn")
-    usual = {}
+    single_step, usual = METHODS[method].attack in SINGLE_STEP, {}
     if dataset != "shapes":
         # Mirrored only where that is known to do no harm: a mirrored digit is another sign.
         mirrored = dataset in ("cifar10", "cifar100")
@@ -2616,15 +2129,15 @@ def recipe(dataset="shapes", method="fgsm", **given):
                       batch_size=128, probe_size=1000,
                       val_fraction=0.02 if dataset in DATASETS else 0.1,  # published: none
                       augment="crop-flip" if mirrored else "crop")  # fmt: skip
-        if how.multi_step or method == "none":
-            usual |= dict(epochs=200, lr=0.1, schedule="piecewise")
-            usual |= dict(lr=0.01, attack_step=1 / 255) if svhn else {}
-        else:  # the paper's DER against collapse: on abnormal images, from the start
+        if single_step:  # the paper's DER against collapse: on abnormal images, from the start
             usual |= dict(beta=0.1 if method == "n-fgsm" else 0.5, der_on="abnormal", der_ramp=0.0)
             if svhn:
                 usual |= dict(lr=0.05, eps_warmup=5.0)
             elif given.get("grad_align"):
                 usual |= dict(lr=0.3)
+        else:
+            usual |= dict(epochs=200, lr=0.1, schedule="piecewise")
+            usual |= dict(lr=0.01, attack_step=1 / 255) if svhn else {}
         if method == "trades":
             usual |= dict(epochs=76, lr_drops="0.98684", weight_decay=2e-4)  # 75 of 76
             usual |= dict(awp_warmup=10) if given.get("awp") else {}
@@ -2633,74 +2146,46 @@ def recipe(dataset="shapes", method="fgsm", **given):
             usual |= dict(weight_decay=7e-4) if wide else dict(lr=0.01, weight_decay=3.5e-3)
         if method.startswith("weat"):
             usual |= dict(epochs=100, lr_drops="0.75,0.9")
-    if how.start == "gauss":
-        usual |= dict(attack_bn="eval")
-    if method == "mart":
-        usual |= dict(method_beta=5.0)
-    if how.multi_step:  # the paper's DER against robust overfitting: late, on all images
+    if METHODS[method].needs_clean:
+        usual |= dict(attack_bn="eval", method_beta=5.0 if method == "mart" else 6.0)
+    if not single_step and method != "none":  # the paper's against robust overfitting: late, on all
         usual |= dict(beta=6.0, gamma=0.2, der_from=0.8, der_ramp=0.0)
     if given.get("norm") == "l2":
         usual |= dict(eps=128 / 255)  # 20/255 and 8/255 would be next to nothing
-        usual |= dict(attack_step=15 / 255) if how.multi_step else {}
-    config = dataclasses.replace(config, **usual)
-    config = dataclasses.replace(config, **given)
+        usual |= dict() if single_step else dict(attack_step=15 / 255)
+    config = Config(**{"dataset": str(dataset), "method": method} | usual | given)
     if "eps_warmup" not in given:
-        config.eps_warmup = min(config.eps_warmup, config.epochs / 4)
+        config.eps_warmup = min(config.eps_warmup, max(config.epochs, 0) / 4)
     check_config(config)
     return config
 
 
 def check_config(config):
-    """Refuses settings that cannot work, with what to do instead.
-
-    Raises: BadInput.
-    """
-    for kind, choices in (
-        ("model", MODELS), ("method", METHODS), ("norm", ("linf", "l2")), ("schedule", SCHEDULES),
-        ("augment", ("none", "crop", "crop-flip")), ("on_overfit", REACTIONS),
-        ("attack_bn", ("train", "eval")), ("der_on", ("all", "abnormal")),
-        ("precision", ("auto", "bf16", "fp32")),
-    ):  # fmt: skip
-        check_choice(kind, getattr(config, kind), choices)
-    least = dict.fromkeys(("epochs", "batch_size", "attack_steps", "probe_size", "probe_every"), 1)
-    for name, smallest in (least | {"width": 8, "batch_size": 2}).items():  # 1: no batch statistics
-        if getattr(config, name) < smallest:
-            raise BadInput(f"{name} must be at least {smallest}, not {getattr(config, name)}")
-    for name in ("threads", "attack_step", "awp_warmup", "eps_warmup", "beta", "gamma", "awp",
-                 "method_beta", "grad_align", "weight_decay", "limit", "test_size",
-                 "seed"):  # fmt: skip
-        if not 0 <= getattr(config, name) < math.inf:
-            raise BadInput(
-                f"{name} must not be negative or infinite, but is {getattr(config, name)}"
-            )
-    shares = [config.lr_peak, *config.lr_drops.split(",")]
-    with contextlib.suppress(ValueError):
-        shares = [float(share) for share in shares]
-    if not all(isinstance(share, float) and 0 < share < 1 for share in shares):
-        raise BadInput("lr_peak and lr_drops are shares of the epochs, such as 0.5,0.75")
-    if not 0 < config.lr < math.inf:
-        raise BadInput(f"lr must be positive, not {config.lr}")
-    if not (0 <= config.momentum < 1 and 0 <= config.ema < 1):
-        raise BadInput("momentum and ema must lie in [0, 1)")
-    if not (0 <= config.der_from < 1 and 0 <= config.der_ramp < math.inf):
-        raise BadInput("der_from and der_ramp are shares of the epochs: 0 <= der_from < 1")
-    if config.seed >= 2**32:
-        raise BadInput(f"seed must be below 2**32, not {config.seed}")
+    """Refuses settings that cannot work, with what to do instead. Raises: BadInput."""
+    for f in dataclasses.fields(Config):
+        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+        if choices := typing.get_args(f.type):
+            check_choice(f.name, value, choices)
+        elif low is not None and not low <= value <= high:
+            raise BadInput(f"{f.name} must lie in {low:g} .. {high:g}, not {value}")
+    for name in ("eps", "lr"):
+        if not getattr(config, name) > 0:
+            raise BadInput(f"{name} must be positive, not {getattr(config, name)}")
+    if config.norm == "linf" and config.eps > 1:
+        hint = f": did you mean {config.eps:g}/255?" if config.eps < 256 else ", such as 8/255"
+        raise BadInput(f"eps {config.eps:g} must be at most 1, in units of [0, 1]{hint}")
+    try:
+        drops = [float(share) for share in config.lr_drops.split(",")]
+    except ValueError:
+        drops = [0.0]
+    if not all(0 < share < 1 for share in drops):
+        raise BadInput("lr_drops are shares of the epochs, such as 0.5,0.75")
     if config.eps_warmup >= config.epochs:
         raise BadInput(f"eps_warmup {config.eps_warmup:g} never ends within {config.epochs} epochs")
     if config.compile and config.grad_align:
         raise BadInput("grad_align needs second derivatives, which torch.compile lacks: drop one")
-    if config.norm == "linf" and not 0 < config.eps <= 1:
-        hint = f": did you mean {config.eps:g}/255?" if 1 < config.eps < 256 else ", such as 8/255"
-        raise BadInput(
-            f"eps {config.eps:g} must be above 0 and at most 1, in units of [0, 1]{hint}"
-        )
-    if not 0 < config.eps < math.inf:
-        raise BadInput(f"eps must be positive, not {config.eps:g}")
     if config.method == "none" and (config.der or config.awp or config.on_overfit != "continue"):
-        raise BadInput(
-            "method 'none' makes no adversarial images: der, awp and on_overfit need some"
-        )
+        raise BadInput("method 'none' makes no adversarial images: der, awp, on_overfit need some")
 
 
 # ==== 14. Errors, checkpoints, devices, several processes =========================================
@@ -2724,19 +2209,19 @@ def check_choice(kind, value, choices):
 
 def save_checkpoint(path, checkpoint):
     """Writes a checkpoint, which is whole at every moment. Raises: RunError; an older one stays."""
-    partial = f"{path}.{os.getpid()}.partial"  # each process its own: two may make the same cache
+    partial_path = f"{path}.{os.getpid()}.partial"  # each process its own: two may make one cache
     if "model" in checkpoint:  # our weights lie channels-last, which safetensors refuses
         model = {k: v.contiguous() for k, v in checkpoint["model"].items()}
         checkpoint = {**checkpoint, "model": model}
     try:
-        torch.save(checkpoint, partial)
-        os.replace(partial, path)
+        torch.save(checkpoint, partial_path)
+        os.replace(partial_path, path)
     except (OSError, RuntimeError) as error:
         kept = "; the older one is kept" * os.path.isfile(path)
         raise RunError(f"cannot save '{path}' (disk full or not writable?){kept}") from error
     finally:
         with contextlib.suppress(OSError):  # where the disk is full, give back what was taken
-            os.remove(partial)
+            os.remove(partial_path)
 
 
 def alike(saved, like):
@@ -2773,17 +2258,17 @@ def load_checkpoint(path):
     Raises: RunError when the file is missing, damaged, hostile or not one of ours.
     """
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):  # a pipe would make us wait for ever
-            raise OSError(0, "not a regular file")
+        if not os.path.isfile(path):  # a pipe would make us wait for ever
+            raise OSError(0, "no regular file")
+        size = os.path.getsize(path)
         with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums
             unpacked = sum(part.file_size for part in archive.infolist())
-            if unpacked > status.st_size or archive.testzip():  # torch packs nothing
+            if unpacked > size or archive.testzip():  # torch packs nothing
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(checkpoint, dict) and checkpoint.get("format") == "ebm-at 1"
         if ours:
-            check_parts(checkpoint, status.st_size)
+            check_parts(checkpoint, size)
     except OSError as error:
         raise RunError(f"no checkpoint '{path}' ({error.strerror or error})") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
@@ -2806,6 +2291,50 @@ def load_model(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
+STATE = ("epoch", "history", "alarms", "stopped", "restarted", "best")  # of a Trainer
+
+
+def run_state(run):
+    """All that a resume needs beside the config, as plain values and tensors."""
+    return {k: getattr(run, k) for k in STATE} | {
+        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "der": run.config.der, "epochs": run.config.epochs, "data": checksum(run.data),
+    }  # fmt: skip
+
+
+def save_run(run, folder):
+    """last.pt: the model and all that a resume needs; best.pt: the model of the best epoch."""
+    if folder is None or world()[0] > 0:  # only one process writes
+        return
+    about = {"format": "ebm-at 1", "spec": getattr(run.model, "spec", None),
+             "classes": run.data.classes, "config": dataclasses.asdict(run.config)}  # fmt: skip
+    last = {"epoch": run.epoch, "model": run.model.state_dict(), "training": run_state(run)}
+    best = {"epoch": run.best["epoch"], "model": run.best["weights"]}
+    save_checkpoint(os.path.join(folder, "last.pt"), about | last)
+    save_checkpoint(os.path.join(folder, "best.pt"), about | best)
+
+
+def restore_run(run, saved):
+    """Takes up a run where its last.pt left it. Raises: RunError, BadInput."""
+    row = dict.fromkeys(HISTORY, 0.0) | {"epoch": 0, "verdict": ""}
+    alarm = {"verdict": "", "epoch": 0, "reason": "", "action": "", "der": False}
+    try:
+        fits = alike(saved, run_state(run) | {"history": [row], "alarms": [alarm]})
+        fits = fits and 0 <= saved["restarted"] <= saved["epoch"] == len(saved["history"])
+        for weights in (saved["best"]["weights"], saved["model"]):  # a rescue may ask for the best
+            run.model.load_state_dict(weights)
+        run.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
+        [kept["momentum_buffer"].view_as(p) for p, kept in run.optimizer.state.items()]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        fits = False
+    if not fits or saved["data"] != checksum(run.data):
+        other = ": the training images are not those it began with" if fits else ""
+        raise RunError(f"the checkpoint does not fit this run{other}; not resumed")
+    if saved["epoch"] == saved["epochs"] < run.config.epochs:
+        raise BadInput(f"that run ended at epoch {saved['epoch']}: start a new one to train longer")
+    if saved["der"] and not run.config.der:  # a rescue has switched DER on, at once
+        run.config.der, run.config.der_from = True, 0.0
+    vars(run).update(copy.deepcopy({k: saved[k] for k in STATE}))
 
 
 def pick_device(name="auto"):
@@ -2825,12 +2354,11 @@ def pick_device(name="auto"):
 
 
 def pick_precision(name, device):
-    """The torch dtype that convolutions run in: bfloat16 or float32.
+    """The torch dtype that training's convolutions run in: bfloat16 or float32.
 
     bf16 keeps the exponent range of fp32, so gradients do not underflow and no loss scaling is
     needed. A CPU without bf16 instructions emulates it slowly, hence "auto".
     """
-    check_choice("precision", name, ("auto", "bf16", "fp32"))
     if name == "auto":
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -2846,19 +2374,32 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-# Several processes (torchrun) share one global batch: every process draws the SAME order, crops
-# and noise from the same seed and then keeps its own rows, share(t) = t[rank::world]. So N
-# processes see exactly what one would, and nothing but the order of floating-point sums differs.
+@contextlib.contextmanager
+def true_fp32():
+    """Switches off what rounds fp32 products to 10 bits or fewer (TF32), and back on at the end."""
+    of = torch.backends  # the older allow_tf32 raises once a caller has used these switches
+    kinds = of.cudnn.conv, of.cuda.matmul, of.mkldnn.conv, of.mkldnn.matmul
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before):
+            kind.fp32_precision = precision
+
+
+# Several processes (torchrun) share one global batch: all draw the same order of the images, each
+# keeps its own rows and draws noise of its own, and gradients are averaged. On GPUs BatchNorm sees
+# the global batch; on CPUs each process sees its own rows, so N processes are not exactly one.
 
 
 def start_processes(device="auto"):
     """Joins what torchrun started; a process started by hand stays alone. Raises: RunError."""
     if (os.environ.get("WORLD_SIZE") or "1") == "1":
         return
-    gpu, here = torch.cuda.is_available() and device != "cpu", os.environ.get("LOCAL_WORLD_SIZE", 1)
+    gpu = torch.cuda.is_available() and device in ("auto", "cuda")
     try:
-        if gpu and (device not in ("auto", "cuda") or int(here) > torch.cuda.device_count()):
-            raise ValueError("one GPU per process is needed, chosen by --device auto")
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if gpu else "gloo")
@@ -2872,16 +2413,17 @@ def world():
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def share(t):
-    """This process's rows of a tensor that holds the whole global batch along dimension 0."""
+def own_share(rows):
+    """This process's part of the rows of a global batch."""
     rank, processes = world()
-    return t[rank::processes]
+    return rows[rank::processes]
 
 
-def sum_over_processes(tensors):
-    """Replaces each tensor by its sum over all processes, in place, in one message."""
+def mean_over_processes(tensors):
+    """Each tensor replaced by its mean over all processes, in place, in one message."""
     if dist.is_initialized():
         flat = torch.cat([t.reshape(-1) for t in tensors])
         dist.all_reduce(flat)
         for t, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            t.copy_(part.view_as(t))
+            t.copy_(part.view_as(t) / world()[1])
+    return tensors

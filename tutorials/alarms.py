@@ -1,16 +1,19 @@
-"""How early, and how often falsely, would each rule have called catastrophic overfitting? One table.
+"""How early, and how often falsely, would each rule have called catastrophic overfitting?
 
-    python tutorials/alarms.py        # all single-step logs and PGD's in results/train/
+    python tutorials/alarms.py        # all logs in results/train/ but those of robust overfitting
 
-Every rule sees a run as it happens: it may use no later epoch. A run COLLAPSED if PGD-10 accuracy on
-test images ended below 60% of its best, or below the 10% of one answer for all; the collapse is the
-first epoch, after the three in which eps grows, from which on it stayed there. Logs older than the free statistics (no share of AAEs) count for rules that need none.
+Every rule sees a run as it happens: it may use no later epoch. A run COLLAPSED if PGD-10 accuracy
+on test images ended below 60% of its best, or below the 10% of one answer for all; the collapse is
+the first epoch, after the three in which eps grows, from which on it stayed there. Logs older than
+the free statistics (no share of AAEs) count for the rules that need none.
 """
 
-import show
+import csv
+from pathlib import Path
 
+LOGS = Path(__file__).resolve().parent / "results" / "train"
 RULES = {  # name: (column that is needed, does it ring at this row?)
-    "accuracies (the monitor)": ("verdict", lambda row: row["verdict"] == "CO"),
+    "accuracies (catastrophic_overfitting)": ("verdict", lambda row: row["verdict"] == "CO"),
     "share of AAEs > 20%": ("train_adv_aae", lambda row: row["train_adv_aae"] > 0.20),
     "share of AAEs > 27%": ("train_adv_aae", lambda row: row["train_adv_aae"] > 0.27),
     "mean dE(x) < -.1, training attack": (
@@ -22,8 +25,23 @@ RULES = {  # name: (column that is needed, does it ring at this row?)
 }  # fmt: skip
 
 
+def read(path):
+    """A history.csv as a list of dicts, numbers as floats."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v if k == "verdict" else float(v) for k, v in row.items()} for row in rows]
+
+
+def logs():
+    """{name: rows} of every stored run of training that an alarm could ring in."""
+    files = sorted(LOGS.rglob("*.csv"))
+    old = {f: " (first version)" if f.parent != LOGS else "" for f in files}
+    return {f.stem + old[f]: read(f) for f in files
+            if not f.stem.startswith("ro-") and "rescue" not in f.stem}  # fmt: skip
+
+
 def collapse(rows):
-    """The first epoch from which on PGD accuracy stays below half of its best so far, or None."""
+    """The first epoch from which on PGD accuracy stays below 60% of its best so far, or None."""
     best, since = 0.0, None
     for row in rows:
         best = max(best, row["pgd_acc"])
@@ -32,18 +50,9 @@ def collapse(rows):
     return since
 
 
-def logs():
-    """{name: rows} of every stored run of training that an alarm could ring in."""
-    results = show.HERE / "results"
-    files = sorted((results / "train").rglob("*.csv"))
-    found = {f.stem if f.parent.name == "train" else f"{f.stem} (first version)":
-             show.log(f.relative_to(results)) for f in files}  # fmt: skip
-    return {k: v for k, v in found.items() if not k.startswith("ro-") and "rescue" not in k}
-
-
 def judge(runs, column, rings):
-    """How a rule fares: struck and healthy runs it could see, misses, epochs early, false alarms."""
-    struck, early, healthy, false, missed = 0, [], 0, [], []
+    """How a rule fares: {what: number}, and the names of its false alarms and of what it missed."""
+    early, collapsed, healthy, false, missed = [], 0, 0, [], []
     for name, rows in runs.items():
         if column not in rows[0]:
             continue
@@ -52,20 +61,19 @@ def judge(runs, column, rings):
             healthy += 1
             false += [name] if at is not None else []
         else:
-            struck += 1
+            collapsed += 1
             missed += [name] if at is None else []
             early += [] if at is None else [when - at]
-    early = sorted(early)
-    median = early[len(early) // 2] if early else None
-    return {"collapsed": struck, "missed": len(missed), "epochs early, median": median,
+    median = f"{sorted(early)[len(early) // 2]:g}" if early else ""
+    return {"collapsed": collapsed, "missed": len(missed), "epochs early, median": median,
             "healthy": healthy, "false alarms": len(false)}, false, missed  # fmt: skip
 
 
 if __name__ == "__main__":
     runs = logs()
-    table = []
+    print(f"{len(runs)} stored runs")
     for name, (column, rings) in RULES.items():
         row, false, missed = judge(runs, column, rings)
-        table.append({"rule": name} | row)
-        print(f"{name}: false in {', '.join(false) or 'none'}; missed {', '.join(missed) or 'none'}")
-    show.table(table, f"{len(runs)} stored runs")
+        print(f"\n{name}: " + ", ".join(f"{what} {number}" for what, number in row.items()))
+        for what, names in (("false in", false), ("missed", missed)):
+            print(f"    {what}: {', '.join(names) or 'none'}")

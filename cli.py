@@ -28,8 +28,7 @@ except ImportError:  # Windows has no such locks
 
 def stop(number, _frame=None):
     """Ctrl-C or SIGTERM: raises once, so that what there is gets saved, which takes seconds."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    [signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)]
     if "main" not in globals():  # the libraries are still loading
         os.write(2, b"stopped\n")
         os._exit(128 + number)

@@ -33,8 +33,8 @@ loop, 6 generation. Part two is there to look things up in.
 Paper: "Understanding Adversarial Training with Energy-based Models", Mirza et al. 2025, arXiv
 2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under the lens of Energy-based
 Models", Mirza et al., ECCV 2024, arXiv 2407.06315. Where we differ: DER is the paper's equation (7)
-as a public reimplementation gives it; that beta grows, its size and the alarm's thresholds were
-measured here; local PCA, energy guidance and the stop in section 6 are our reading.
+as a public reimplementation gives it; that it presses all images, that beta grows, its size and
+the alarm's thresholds were measured here; how section 6 works in detail is our reading.
 """
 
 import contextlib
@@ -126,7 +126,7 @@ def abnormal(logits, logits_adv, y):
 #
 # An attack looks for x*, in the ball of radius eps around x, that makes a `loss` large. The loss is
 # any function (logits, y) -> (N,): cross_entropy unless said. To REACH a label t instead of leaving
-# y, climb lambda logits, y: -cross_entropy(logits, t). Attacks leave the model as they found it.
+# y, climb `lambda logits, y: -cross_entropy(logits, t)`. No attack changes the model.
 
 
 def gradient_of(model, x, y, loss):
@@ -246,8 +246,8 @@ def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
     single-step training looks: that point is made safe, and points that a few PGD steps reach are
     not. A landscape that is flat from x to x* leaves no room for such a bend.
 
-    Args: gamma, change that is left alone, in nats; abnormal_only, whether the mean is over the
-        abnormal examples only (0 where there are none). The others as for delta_energy.
+    Args: gamma, change that is left alone, in nats; abnormal_only, mean over the AAEs only, as the
+        paper does against collapse (0 where there are none). The others as for delta_energy.
     Source: equation (7) of Mirza et al. 2025, as a public reimplementation gives it.
     """
     excess = F.relu(delta_energy_norm(logits, logits_adv, y) - gamma)
@@ -261,7 +261,7 @@ def beta_at(config, progress):
     """Weight of DER at `progress` in [0, 1) of the run: from der_from on, grown over der_ramp.
 
     Why it grows: early on the network has to learn before there is anything to flatten (beta 2 from
-    the start learns nothing on shapes), and collapse threatens late.
+    the start learns nothing on shapes). Against an early collapse there is eps_at.
     """
     if not config.der or progress < config.der_from:
         return 0.0
@@ -270,7 +270,7 @@ def beta_at(config, progress):
 
 
 def training_attack(model, x, y, eps, config, generator=None):
-    """x* as config.method makes it; "none" makes none."""
+    """x* as config.method makes it (see METHODS, section 8, and Config, section 13)."""
     attack = METHODS[config.method].attack
     if attack is None:
         return x
@@ -309,8 +309,8 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
 def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch_size=500):
     """Accuracies and energies of a model on images, clean and under FGSM and PGD.
 
-    Args: x (N, C, H, W), uint8 or float in [0, 1], and y, on the model's device; eps, steps, norm
-        of the attacks (PGD: one random start, step eps / 4, the same noise at every call).
+    Args: x (N, C, H, W), uint8 or float in [0, 1], and y; eps, steps, norm of the attacks (PGD: one
+        random start, step eps / 4, the same noise at every call).
     Returns: dict of means: clean_acc, fgsm_acc, pgd_acc and fgsm_aae (share of AAEs under FGSM), in
         [0, 1]; energy, E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd,
         |dE(x)|; delta_energy_xy_pgd, dE(x, y), in nats; and n, how many images.
@@ -342,14 +342,14 @@ def catastrophic_overfitting(pgd_acc, single_step_acc, best_pgd_acc):
     AAEs nor dE is asked: on the stored runs the accuracies missed fewest collapses and rang least
     without one (tutorials/alarms.py).
     """
-    apart = single_step_acc - pgd_acc >= 0.12 and pgd_acc <= 0.35 * single_step_acc  # healthy: half
+    apart = single_step_acc - pgd_acc >= 0.12 and pgd_acc <= 0.35 * single_step_acc
     fallen = pgd_acc < 0.6 * best_pgd_acc
+    # A run can collapse before PGD accuracy ever rose: then there is no best to fall from.
     never_rose = single_step_acc >= 0.5 and pgd_acc <= 0.1 * single_step_acc
     if not (apart and (fallen or never_rose)):
         return ""
     return (f"Catastrophic overfitting: PGD accuracy is {pgd_acc:.1%} (best {best_pgd_acc:.1%})"
-            f" while single-step accuracy is {single_step_acc:.1%} (alarm when PGD keeps less than"
-            " 35% of it)")  # fmt: skip
+            f" while single-step accuracy is {single_step_acc:.1%}")
 
 
 def robust_overfitting(pgd_acc, train_acc, n, window=3):
@@ -381,11 +381,12 @@ def robust_overfitting(pgd_acc, train_acc, n, window=3):
 # where that step lands, and bending the landscape between x and there is cheaper than becoming
 # robust: the slope at x then points away from the danger, FGSM lands on harmless points (AAEs), and
 # accuracy on them soars, while PGD, which looks again on its way, finds everything wrong. The loss
-# looks at x* alone and cannot see this. DER can: across a bend, the energies of x and x* differ.
+# looks at x* alone and cannot see this. DER sees x as well: it charges for any change of energy on
+# the way from x to x*, and a bend is one.
 
 
 def lr_at(config, progress):
-    """Learning rate at `progress` in [0, 1) of the whole run."""
+    """Learning rate at `progress` in [0, 1) of the run, or of what a rescue left of it."""
     if config.schedule == "triangular":  # 0 -> lr -> 0
         return config.lr * min(progress / config.lr_peak, (1 - progress) / (1 - config.lr_peak))
     if config.schedule == "piecewise":
@@ -404,7 +405,7 @@ def eps_at(config, epochs_done):
     return config.eps * (min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0)
 
 
-# What every step gives away for nothing (see Trainer.step), as means over an epoch.
+# Measured on the training attack at no cost, x* against the attack's start (see Trainer.step).
 TRACKED = ["train_adv_acc", "train_adv_aae", "train_adv_delta_energy", "train_adv_delta_energy_xy"]
 
 class Trainer:
@@ -476,7 +477,7 @@ class Trainer:
 
             # Judge, and keep the best epoch: by its accuracy on validation, never on test.
             alarm = self.react()
-            accuracy = row["clean_acc" if config.method == "none" else "val_pgd_acc"]
+            accuracy = row["val_clean_acc" if config.method == "none" else "val_pgd_acc"]
             if not alarm and accuracy > self.best["accuracy"]:
                 weights = copy.deepcopy(self.model.state_dict())
                 self.best = {"accuracy": accuracy, "epoch": self.epoch, "weights": weights}
@@ -498,8 +499,8 @@ class Trainer:
 
         # The attack. BatchNorm sees the batch (attack_bn "train"), as in published training code:
         # on shapes FGSM then reaches 20 to 22% under PGD in each of five seeds before it collapses,
-        # with running statistics 3 to 20%. Its first look at the model is at its start, the loss's
-        # is at x*: what the attack does to the energies costs nothing to know.
+        # with running statistics 3 to 20%. Its first pass is at its start (x for FGSM, else x and
+        # noise), the loss's at x*: the energies between these two cost no further pass.
         seen = []
         fast = partial(autocast, self.device, self.dtype)
         with self.net.register_forward_hook(lambda m, i, out: seen.append((i[0], out.detach()))):
@@ -528,9 +529,9 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = lr_at(config, done)
         self.optimizer.step()
         with torch.no_grad():
-            pair = (logits if seen else logits_adv), logits_adv
-            tracked = [logits_adv.argmax(1) == y, abnormal(*pair, y), delta_energy(*pair),
-                       delta_energy(*pair, y)]  # fmt: skip
+            ends = (logits if seen else logits_adv), logits_adv
+            tracked = [logits_adv.argmax(1) == y, abnormal(*ends, y), delta_energy(*ends),
+                       delta_energy(*ends, y)]  # fmt: skip
             return torch.stack([loss.detach(), *(t.float().mean() for t in tracked)])
 
     def measure(self):
@@ -584,10 +585,7 @@ class Trainer:
         )
 
     def react(self):
-        """Judges the last epoch; on the first alarm of a kind does what on_overfit says.
-
-        Returns: the alarm's record, or None.
-        """
+        """Judges the last epoch; at the first alarm of a kind does on_overfit, and returns it."""
         verdict, why = self.diagnose()
         self.history[-1]["verdict"] = verdict
         action, had_der = self.config.on_overfit, self.config.der
@@ -600,7 +598,8 @@ class Trainer:
             self.model.load_state_dict(self.best["weights"])
         if action == "der":
             # The schedule starts anew over the epochs that are left: a triangular one from 0, so
-            # that DER meets a low rate first. At a high one it would undo what was learnt.
+            # that DER meets a low rate first. At a high one it would undo what was learnt. Beta is
+            # at once what it would be had DER been on from the start.
             self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
             self.optimizer.state.clear()  # no momentum from the collapse
         self.stopped = action in ("stop", "rollback")
@@ -616,8 +615,8 @@ class Trainer:
             if ended or (alarm["verdict"] == "CO" and alarm["action"] == "continue"):
                 return alarm["verdict"], f"Epoch {alarm['epoch']}: {alarm['reason']}"
         verdict, why = self.diagnose()
-        rescue = [f"{a['reason']}. DER was switched on. " for a in self.alarms if not a["der"]]
-        return verdict, "".join(rescue[:1]) + why
+        rescues = [alarm["reason"] for alarm in self.alarms if alarm["action"] == "der"]
+        return verdict, "".join(f"{r}. DER was switched on. " for r in rescues) + why
 
 
 def train(config, data, model=None, *, folder=None, resume=None, on_progress=None):
@@ -629,8 +628,7 @@ def train(config, data, model=None, *, folder=None, resume=None, on_progress=Non
         on_progress, called as (epoch, step, steps per epoch) after every step.
     Yields: {"kind": "alarm", verdict, epoch, reason, action, back_to_epoch, der} when overfitting
         strikes, and {"kind": "epoch", ...}, the columns of HISTORY, after every epoch.
-    Raises: BadInput for settings that do not fit the data; RunError when the loss diverges or a
-        checkpoint cannot be written. The last good checkpoint stays.
+    Raises: BadInput; RunError when the loss diverges or a file cannot be written.
     """
     yield from Trainer(config, data, model, resume).run(folder, on_progress)
 
@@ -755,8 +753,8 @@ def stop_targets(energies, n, stop="sampled", quantile=0.5, generator=None):
     if stop == "sampled":
         draw = dict(generator=generator, device=energies.device)
         return energies[torch.randint(len(energies), (n,), **draw)]
-    share = {"mean": energies.mean(), "quantile": energies.quantile(quantile)}
-    return share.get(stop, torch.full_like(energies[0], -math.inf)).expand(n)
+    ends = {"mean": energies.mean(), "quantile": energies.quantile(quantile)}
+    return ends.get(stop, torch.full_like(energies[0], -math.inf)).expand(n)
 
 
 @torch.no_grad()
@@ -838,8 +836,9 @@ def generate(model, pcas, energies, y, *, init="local-pca", neighbours=10, tempe
             other = draw_starts(pcas[k], n, init, neighbours, temperature, draw)
             alone = candidates == 1  # then there is nothing to choose: the network is not asked
             energy = drawn if alone else -exact_logits(model, other, batch_size)[:, k]
-            better = ~((energy - drawn).abs() >= gap)  # NaN is taken, too: the walk ends there
-            x[rows[better]], gap[better] = other[better], (energy - drawn).abs()[better]
+            away = (energy - drawn).abs().nan_to_num(math.inf)  # NaN: only if all before are
+            better = away <= gap
+            x[rows[better]], gap[better] = other[better], away[better]
         same = stop == "sampled"
         targets[rows] = drawn if same else stop_targets(energies[k], n, stop, quantile)
     return sgld(model, x, y, targets, batch_size=batch_size, generator=draw,
@@ -1782,19 +1781,9 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
             chosen = (~fallen).nonzero()[:, 0]
         if not len(chosen):
             break
-        x_adv, done = x[chosen], 0
-        for part in torch.arange(len(chosen), device=x.device).split(batch_size):
-            done += len(part)
-            for attempt in range(restarts if name != "fgsm" else 1):
-                if attempt:  # only on what still stands
-                    right = is_right(exact_logits(model, x_adv[part]), y[chosen[part]])
-                    part = part[right]
-                if len(part):
-                    with true_fp32():
-                        batch = x[chosen[part]], y[chosen[part]]
-                        x_adv[part] = ATTACKS[name](net, *batch, eps, **own)
-            if on_progress:
-                on_progress(rows, name, done, len(chosen))
+        told = partial(on_progress, rows, name) if on_progress else None
+        parts = x[chosen], y[chosen], eps, batch_size, restarts, told
+        x_adv = attack_in_batches(name, net, *parts, **own)
         logits = exact_logits(model, x_adv)
         wrong = ~is_right(logits, y[chosen])
         inside = (project(x_adv, x[chosen], eps, norm) - x_adv).flatten(1).abs().amax(1) < 2e-6
@@ -1804,6 +1793,23 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         rows.append(row | about(outside=int((wrong & ~inside).sum())))
     found = {"clean_acc": rows[0]["worst"], "robust_acc": rows[-1]["worst"], "rows": rows}
     return found | {"x_adv": worst, "fallen": fallen}
+
+
+def attack_in_batches(name, model, x, y, eps, batch_size, restarts, told, **options):
+    """x* of images by one of ATTACKS; `told`, if any, is called as (images done, images in all)."""
+    x_adv, done = x.clone(), 0
+    for rows in torch.arange(len(x), device=x.device).split(batch_size):
+        done += len(rows)
+        for attempt in range(restarts if name != "fgsm" else 1):
+            if attempt:  # again, but only on what still stands
+                rows = rows[is_right(exact_logits(model, x_adv[rows]), y[rows])]
+            if not len(rows):
+                break
+            with true_fp32():
+                x_adv[rows] = ATTACKS[name](model, x[rows], y[rows], eps, **options)
+        if told:
+            told(done, len(x))
+    return x_adv
 
 
 def describe(name, logits, logits_adv, x, x_adv, y):

@@ -170,8 +170,9 @@ def write_atomically(path, text):
         partial.write_text(text, encoding="utf-8")
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path, told):
@@ -291,8 +292,9 @@ def saved_in(folder):
 
 def device_name(device):
     """The device in words: the GPU's name, or the processor's kind and number of cores."""
-    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def new_figure(*size):
@@ -377,7 +379,8 @@ def train(
         folder = claim_folder(out, "runs", stem)
     def kept():
         return (f"every finished epoch is in {folder}/last.pt; go on with: python cli.py train"
-                f" --resume {shlex.quote(str(folder))}") * os.path.exists(f"{folder}/last.pt")
+                f" --resume {shlex.quote(str(folder))}") * (
+                    os.path.exists(f"{folder}/last.pt") > os.path.exists(f"{folder}/result.json"))
     # The bar counts gradients of images: those of a step, and 12 for an image that is measured.
     attack = ebm_at.METHODS[config.method].attack
     steps = 0 if attack is None else 1 if attack in ebm_at.SINGLE_STEP else config.attack_steps
@@ -429,7 +432,9 @@ def open_run(folder):
 def report(trainer, folder, n, bar):
     """Measures the last and the best model; result.json, curves.png and the closing words."""
     config, found = trainer.config, {}
-    asked = json.loads((folder / "config.json").read_text(encoding="utf-8"))  # a rescue changes it
+    asked = dataclasses.asdict(config)
+    with contextlib.suppress(OSError, ValueError):  # what was asked for: a rescue changes config
+        asked = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_csv(folder / "history.csv", trainer.history, ebm_at.HISTORY)  # if killed before it was
     for name in ("last", "best"):
         model, checkpoint = ebm_at.load_model(folder / f"{name}.pt", trainer.device)
@@ -460,7 +465,8 @@ def report(trainer, folder, n, bar):
     drawn = (folder / "curves.png").exists()
     say(f"Its curves: {folder}/curves.png" if drawn else "Its curves need: pip install matplotlib")
     words = ["attack", str(folder)]
-    if verdict in ("CO", "RO") and not config.der and "--resume" not in sys.argv:
+    resumed = any(word.startswith("--resume") for word in sys.argv)
+    if verdict in ("CO", "RO") and not config.der and not resumed:
         words = [w for before, w in zip(sys.argv, sys.argv[1:])  # the same, in a new folder
                  if before != "--out" and not re.match("--out(=|$)", w)] + ["--der"]
     say(f"Next: python cli.py {shlex.join(words)}")
@@ -475,6 +481,8 @@ def compare(
 ):
     """Put finished runs side by side: one row for all that differ by their seed only."""
     refuse_existing(picture)
+    if picture and not picture.endswith(".png"):
+        raise BadInput(f"--picture '{picture}' must end in .png")
     found = [read_run(run) for run in runs]
     differ = [k for k in vars(Config()) if len({getattr(config, k) for config, *_ in found}) > 1
               and k not in ("seed", "threads", "device", "data_dir")]
@@ -499,7 +507,7 @@ def compare(
                 f"epoch {a['epoch']}" for a in r["alarms"][:1])]) for r in results]),
             "AAEs, last": listed("{:.0f}", [100 * h[-1]["train_adv_aae"] for h in histories]),
             "training s": f"{np.median([r['seconds']['training'] for r in results]):.0f}"})
-    look = {"box": rich.box.MARKDOWN, "padding": (0, 1)}
+    look = dict(box=rich.box.MARKDOWN, padding=(0, 1))
     Terminal(width=1000).say(table(shown, list(shown[0]), None, **look))
     curves = {name: [history for *_, history in group] for name, group in groups.items()}
     if picture and not draw_curves(picture, curves):
@@ -508,13 +516,15 @@ def compare(
 
 def read_run(run):
     """(Config, result.json, rows of history.csv) of a finished run. Raises: RunError."""
-    path, log = Path(run), Path(run).with_suffix(".csv")
+    path, log = Path(run), Path(os.path.splitext(run)[0] + ".csv")
     result, history = (path / "result.json", path / "history.csv") if path.is_dir() else (path, log)
     try:
         found = json.loads(result.read_text(encoding="utf-8"))
         rows = [{k: v if k == "verdict" else float(v) for k, v in row.items()}
                 for row in csv.DictReader(history.read_text(encoding="utf-8").splitlines())]
-        rows[-1]["train_adv_aae"], found["last"]["clean_acc"], found["seconds"]["training"]
+        [row[k] for row in rows for _, _, *keys in CURVES for k in keys]  # all that compare wants
+        [float(found[k]["pgd_acc"] + found[k]["clean_acc"]) for k in ("last", "best")]
+        float(found["seconds"]["training"]), rows[-1], [a["epoch"] for a in found["alarms"]]
         return config_of(found["settings"], run), found, rows
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise RunError(f"'{run}' is no finished run of this version: {error!r}") from error
@@ -595,7 +605,7 @@ def attack(
         bar.total = bar.done + costs[name] * (total - done) + ahead
         bar.note = name if done < total or not later else later[0]
     def kept():
-        if seen and not told["complete"]:
+        if seen and not (folder / "attack.json").exists():
             report_attacks(seen[0], told, folder)
         return f"the table above, also in {folder}, is what was done" * bool(seen)
     net = torch.nn.Sequential(model)  # around it, since TorchScript takes no hooks
@@ -829,14 +839,15 @@ def generate(
         raise BadInput(f"{n} images: at most 200000 fit into memory, and one cannot be measured")
     folder = claim_folder(out, path.parent, "generate")
     Terminal(quiet=quiet).say(
-        f"{path}: {config.method}{' + DER' * config.der} on {data.name}, epoch {loaded['epoch']};"
+        f"{path}: {config.method}{' + DER' * config.der} on {data.name},"
+        f" epoch {loaded.get('epoch')};"
         f" {n} images of {len(wanted)} classes, {where}, CPU threads {threads}, seed {seed}")
     x, y = data.x_train.to(where), data.y_train.to(where)
     energies = ebm_at.class_energies(model, x, y, len(data.classes))
     pcas = [ebm_at.fit_pca(x[y == k], components) for k in range(len(data.classes))]
     settings |= {"checkpoint": str(path), "out": str(folder), "device": str(where)}
     report = {"settings": settings, "dataset": data.name, "method": config.method,
-              "der": config.der, "epoch": loaded["epoch"], "device": device_name(where),
+              "der": config.der, "epoch": loaded.get("epoch"), "device": device_name(where),
               "threads": threads, "torch": torch.__version__}
     judged, real = None, []
     if metrics:
@@ -866,8 +877,8 @@ def generate(
         title = ", ".join([f"{n} images", *(f"real: {row['n']}" for row in real)])
         keys = "name", "steps", "fd", "is", "precision", "recall", "agreement", "nearest_pixels"
         say(table(rows + real, keys, title))
-        return f"{len(rows)} of {len(ways)} ways are in {folder}/compare.csv"
-    with keeping(lambda: tell() if rows else "", KeyboardInterrupt):
+        return f"{len(rows)} of {len(ways)} ways are in {folder}/report.json"
+    with keeping(lambda: tell() if rows else "", (KeyboardInterrupt, Exception)):
         for name, change in ways.items():
             began = time.perf_counter()
             with Bar(name, n, quiet) as bar:
@@ -887,6 +898,7 @@ def generate(
                 **(judged.of(x8, y) if judged else {})})
             file = f"grids/{name.replace(',', '').replace(' ', '-')}.png" if compare else "grid.png"
             draw_page([row[:10] for row in x8.split(per_class)], names).save(folder / file)
+    tell()
     if not compare:  # one flat folder of PNGs, as FID tools want it
         files = [f"{i:05d}-class-{file_name(k, data.classes[k])}" for i, k in enumerate(y.tolist())]
         save_pngs(folder / "samples", x8, files)
@@ -898,7 +910,6 @@ def generate(
         save_pngs(folder / "real", data.x_test[chosen], [f"{i:05d}" for i in range(n)])
     if trace:
         save_film(folder, frames, filmed, record["steps"], names)
-    tell()
     still = f"{rows[0]['no_step']} of {n} images took no step: they are their starts.\n"
     say(still * (not compare) + saved_in(folder))
 
@@ -936,7 +947,7 @@ class Judge:
                 else find_checkpoint(name))
         self.network, found = ebm_at.load_model(path, device)
         fits = found["spec"]["in_channels"] == data.x_train.shape[1]
-        if name != "classifier" and not (fits and found["classes"] == data.classes):
+        if name != "classifier" and not (fits and found.get("classes") == data.classes):
             raise BadInput(f"the judge '{name}' was trained on other images than '{data.name}' has")
         train, test = (rows_of(y, classes, most) for y in (data.y_train, data.y_test))
         if min(len(test), len(train)) < 2:
@@ -947,7 +958,7 @@ class Judge:
         x = data.x_train[train].to(device)
         self.train, _ = ebm_at.judge_images(self.network, x, batch_size)
         self.test, p = ebm_at.judge_images(self.network, self.x, batch_size)
-        self.told = {"judge": f"{path}, epoch {found['epoch']}",
+        self.told = {"judge": f"{path}, epoch {found.get('epoch')}",
                      "reference": f"{len(test)} test images",
                      "judge_test_accuracy": (right := ebm_at.class_agreement(p, self.y))}
         if right < (1 + 1 / len(classes)) / 2:  # nearer to guessing than to knowing

@@ -447,8 +447,7 @@ class Trainer:
         random state to repeat an uninterrupted one bit for bit.
         """
         config, n = self.config, len(self.data.x_train)
-        if self.epoch == 0:
-            save_run(self, folder)
+        save_run(self, folder)  # best.pt, too, where a kill came between the two
         while self.epoch < config.epochs and not self.stopped:
             # Train: every image once, in a new order (drawn on the CPU: the same on every device).
             began, steps, seed = time.perf_counter(), [], config.seed * 100_003 + self.epoch
@@ -1796,7 +1795,10 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
 
 
 def attack_in_batches(name, model, x, y, eps, batch_size, restarts, told, **options):
-    """x* of images by one of ATTACKS; `told`, if any, is called as (images done, images in all)."""
+    """x* of images by one of ATTACKS; `told`, if any, is called as (images done, images in all).
+
+    A restart asks once more what still stands: that, too, counts among the queries.
+    """
     x_adv, done = x.clone(), 0
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         done += len(rows)

@@ -294,9 +294,10 @@ def test_two_processes_keep_one_history(tmp_path):
 @pytest.mark.slow
 def test_fgsm_collapses_on_shapes_and_der_prevents_it(tmp_path):
     """The two commands the README opens with, seed 0, with the bounds it promises."""
+    runs = {name: start("train", "--quiet", "--out", name, *extra, cwd=tmp_path)
+            for name, extra in (("plain", []), ("der", ["--der"]))}  # fmt: skip
     results = {}
-    for name, extra in (("plain", []), ("der", ["--der"])):
-        process = start("train", "--quiet", "--out", name, *extra, cwd=tmp_path)
+    for name, process in runs.items():
         _, err = process.communicate()
         assert process.returncode == 0, err
         results[name] = json.loads((tmp_path / name / "result.json").read_text())

@@ -91,8 +91,8 @@ def test_command_runs(command, tmp_path):
         small = ""
     elif word == "compare":
         for folder in shlex.split(command)[3:]:
-            der = " --der" * ("-der-" in folder)
-            assert run(f"python cli.py train --limit 100 {SMALL} --out {folder}{der}").returncode == 0
+            options = f"--limit 100 {SMALL} --out {folder}{' --der' * ('-der-' in folder)}"
+            assert run(f"python cli.py train {options}").returncode == 0
     elif word != "train":
         finished_run(tmp_path / "runs/shapes-fgsm-1")
     elif "--dataset" not in command:

@@ -1,5 +1,4 @@
 """The command line of ebm_at: options, progress, tables, folders. The science is in ebm_at.py."""
-
 # fmt: off
 import contextlib
 import csv
@@ -343,8 +342,7 @@ def train(
     out: option(Optional[str], "a new folder; default runs/<dataset>-<method>[-der]-<n>") = None,
     resume: option(Optional[str], "a run folder: go on where it stopped, as it began") = None,
     quiet: Quiet = False,
-    **settings,
-):
+    **settings):
     """Train a classifier, robustly or not, and say in words whether it overfitted.
 
     Without options: FGSM on the embedded data set shapes, where it overfits
@@ -477,8 +475,7 @@ def report(trainer, folder, n, bar):
 @app.command(rich_help_panel="Commands")
 def compare(
     runs: Annotated[list[str], typer.Argument(help="run folders, or logs stored as NAME.json")],
-    picture: option(Optional[str], "a new .png: mean and range over seeds, by epoch") = None,
-):
+    picture: option(Optional[str], "a new .png: mean and range over seeds, by epoch") = None):
     """Put finished runs side by side: one row for all that differ by their seed only."""
     refuse_existing(picture)
     if picture and not picture.endswith(".png"):
@@ -498,8 +495,7 @@ def compare(
         last, seeds = [100 * r["last"]["pgd_acc"] for r in results], [c.seed for c in configs]
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"two runs of '{name}' with one of the seeds {seeds}: name one of them")
-        shown.append({
-            "options": name, "seeds": listed("{}", seeds),
+        shown.append({"options": name, "seeds": listed("{}", seeds),
             "clean": listed("{:.1f}", [100 * r["last"]["clean_acc"] for r in results]),
             "PGD-10, last": listed("{:.1f}", last), "mean": f"{np.mean(last):.1f}",
             "best": listed("{:.1f}", [100 * r["best"]["pgd_acc"] for r in results]),
@@ -550,8 +546,7 @@ def attack(
     save_png: option(Optional[str], "a new folder for the same as 8-bit PNGs") = None,
     out: Out = None, dataset: Dataset = None, data_dir: DataDir = None, seed: Seed = 0,
     batch_size: BatchSize = 500, threads: Threads = 0, device: Device = "auto",
-    quiet: Quiet = False,
-):
+    quiet: Quiet = False):
     """Attack a classifier: how robust is it really, and where does each attack move its energies?
 
     Takes data, eps and norm from the run. Suites: standard (AutoAttack but for
@@ -588,8 +583,7 @@ def attack(
     folder = claim_folder(out, path.parent if path else "runs", "attack")
     if save_png:
         claim_folder(save_png, None, None)
-    told = {
-        "checkpoint": str(path or model_from), "dataset": data.name, "split": split, "n": n,
+    told = {"checkpoint": str(path or model_from), "dataset": data.name, "split": split, "n": n,
         "sha256": path and hashlib.sha256(path.read_bytes()).hexdigest(), "eps": eps, "norm": norm,
         "suite": names, "steps": steps, "queries": queries, "restarts": restarts, "seed": seed,
         "device": device_name(where), "threads": threads, "torch": torch.__version__,
@@ -611,8 +605,7 @@ def attack(
     net = torch.nn.Sequential(model)  # around it, since TorchScript takes no hooks
     with keeping(kept, (KeyboardInterrupt, Exception)):  # a stranger's model may fail at any call
         with Bar("attacking", n * sum(costs.values()), quiet) as bar, bar.count(net):
-            bar.console.say(
-                f"{told['checkpoint']} on {n} {split} images of {data.name},"
+            bar.console.say(f"{told['checkpoint']} on {n} {split} images of {data.name},"
                 f" eps {eps_text(eps, norm)} ({norm}), {told['device']}, CPU threads {threads}")
             found = ebm_at.robust_accuracy(
                 net, x, y, eps, names, norm, seed=seed, batch_size=batch_size,
@@ -812,8 +805,7 @@ def generate(
     trace: option(bool, "film walks: trace/, trace.gif", "--trace") = False,
     out: Out = None, dataset: Dataset = None, data_dir: DataDir = None, seed: Seed = 0,
     batch_size: BatchSize = 500, threads: Threads = 0, device: Device = "auto",
-    quiet: Quiet = False,
-):
+    quiet: Quiet = False):
     """Make images with a robust classifier, and measure how good and how varied they are.
 
     Starts near the data (class-wise local PCA), walks down E(x, y) and stops at
@@ -838,8 +830,7 @@ def generate(
     if not 1 + metrics <= (n := per_class * len(wanted)) <= 200_000:
         raise BadInput(f"{n} images: at most 200000 fit into memory, and one cannot be measured")
     folder = claim_folder(out, path.parent, "generate")
-    Terminal(quiet=quiet).say(
-        f"{path}: {config.method}{' + DER' * config.der} on {data.name},"
+    Terminal(quiet=quiet).say(f"{path}: {config.method}{' + DER' * config.der} on {data.name},"
         f" epoch {loaded.get('epoch')};"
         f" {n} images of {len(wanted)} classes, {where}, CPU threads {threads}, seed {seed}")
     x, y = data.x_train.to(where), data.y_train.to(where)
@@ -889,8 +880,7 @@ def generate(
                 x, record = ebm_at.generate(model, pcas, energies, y, on_progress=on_progress,
                                             **options | change)
             x8, record = to_uint8(x), {k: v.cpu() for k, v in record.items()}
-            rows.append({
-                "name": name, "n": n, "seconds": time.perf_counter() - began,
+            rows.append({"name": name, "n": n, "seconds": time.perf_counter() - began,
                 "steps": record["steps"].float().mean().item(),
                 "no_step": int((record["steps"] == 0).sum()),
                 "at_target": int((record["energy_end"] <= record["target"]).sum()),
@@ -978,8 +968,7 @@ class Judge:
                 for part in self.near.split(5000)]
         pixels = torch.stack(near).amin(0)
         deep, _ = ebm_at.nearest_distance(features, self.train)
-        return {
-            "n": len(against), "fd": ebm_at.frechet_distance(against, self.test),
+        return {"n": len(against), "fd": ebm_at.frechet_distance(against, self.test),
             "precision": precision, "recall": recall, "is": score, "is_std": spread,
             "agreement": ebm_at.class_agreement(p, y), "nearest_pixels": pixels.median().item(),
             "nearest_pixels_min": pixels.min().item(), "nearest_features": deep.median().item()}

@@ -505,7 +505,7 @@ def compare(
             "training s": f"{np.median([r['seconds']['training'] for r in results]):.0f}"})
     look = dict(box=rich.box.MARKDOWN, padding=(0, 1))
     Terminal(width=1000).say(table(shown, list(shown[0]), None, **look))
-    curves = {name: [history for *_, history in group] for name, group in groups.items()}
+    curves = {f"{k} (n = {len(v)})": [history for *_, history in v] for k, v in groups.items()}
     if picture and not draw_curves(picture, curves):
         raise RunError("--picture needs matplotlib: pip install matplotlib")
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -323,10 +324,17 @@ def test_compare_gives_runs_that_differ_by_their_seed_one_row(monkeypatch, capsy
     "runs, code, words",
     [
         (["nothing"], 1, "'nothing' is no finished run"),
-        ([LOGS / "first-version/cifar-fgsm-der-beta0.5.json"], 1, "train_adv_aae"),
         ([LOGS / "shapes-fgsm-seed0.json"] * 2, 2, "two runs of 'plain'"),
     ],
 )
 def test_compare_names_what_it_cannot_compare(runs, code, words, monkeypatch, capsys):
     got, _, err = call(monkeypatch, capsys, "compare", *runs)
     assert got == code and words in err and err.count("\n") == 1
+
+
+def test_compare_names_the_column_that_an_older_log_lacks(tmp_path, monkeypatch, capsys):
+    rows = (LOGS / "shapes-fgsm-seed0.csv").read_text().replace("train_adv_aae", "something_else")
+    (tmp_path / "old.csv").write_text(rows)
+    shutil.copy(LOGS / "shapes-fgsm-seed0.json", tmp_path / "old.json")
+    code, _, err = call(monkeypatch, capsys, "compare", tmp_path / "old.json")
+    assert code == 1 and "train_adv_aae" in err and err.count("\n") == 1

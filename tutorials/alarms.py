@@ -1,6 +1,6 @@
 """How early, and how often falsely, would each rule have called catastrophic overfitting?
 
-    python tutorials/alarms.py        # all logs in results/train/ but those of robust overfitting
+    python tutorials/alarms.py        # all stored runs but those of robust overfitting and rescues
 
 Every rule sees a run as it happens: it may use no later epoch. A run COLLAPSED if PGD-10 accuracy
 on test images ended below 60% of its best, or below the 10% of one answer for all; the collapse is
@@ -11,7 +11,7 @@ the free statistics (no share of AAEs) count for the rules that need none.
 import csv
 from pathlib import Path
 
-LOGS = Path(__file__).resolve().parent / "results" / "train"
+RESULTS = Path(__file__).resolve().parent / "results"
 RULES = {  # name: (column that is needed, does it ring at this row?)
     "accuracies (catastrophic_overfitting)": ("verdict", lambda row: row["verdict"] == "CO"),
     "share of AAEs > 20%": ("train_adv_aae", lambda row: row["train_adv_aae"] > 0.20),
@@ -26,18 +26,19 @@ RULES = {  # name: (column that is needed, does it ring at this row?)
 
 
 def read(path):
-    """A history.csv as a list of dicts, numbers as floats."""
+    """A log as a list of dicts, one per epoch, numbers as floats."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{k: v if k == "verdict" else float(v) for k, v in row.items()} for row in rows]
+    words = ("verdict", "run")
+    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
 
 
 def logs():
     """{name: rows} of every stored run of training that an alarm could ring in."""
-    files = sorted(LOGS.rglob("*.csv"))
-    old = {f: " (first version)" if f.parent != LOGS else "" for f in files}
-    return {f.stem + old[f]: read(f) for f in files
-            if not f.stem.startswith("ro-") and "rescue" not in f.stem}  # fmt: skip
+    runs = {f.stem: read(f) for f in sorted((RESULTS / "train").glob("*.csv"))}
+    for row in read(RESULTS / "first-version.csv"):
+        runs.setdefault(row["run"] + " (first version)", []).append(row)
+    return {k: v for k, v in runs.items() if not k.startswith("ro-") and "rescue" not in k}
 
 
 def collapse(rows):

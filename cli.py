@@ -265,8 +265,7 @@ COLUMNS = {  # of tables, where a value is not called and printed as it is
 def table(rows, keys, title, **look):
     """A rich table of some keys of dicts; what a row lacks stays empty."""
     shown = Table(title=title, **{"box": rich.box.SIMPLE_HEAD, "padding": 0} | look)
-    for key in keys:
-        justify = "left" if key == keys[0] else "right"
+    for key, justify in zip(keys, ["left", *["right"] * len(keys)]):
         shown.add_column(COLUMNS.get(key, key).split(":")[0], justify=justify, no_wrap=True)
     for row in rows:
         shown.add_row(*(cell(row, key) for key in keys))
@@ -275,8 +274,7 @@ def table(rows, keys, title, **look):
 
 def cell(row, key):
     """The text of a value in a table."""
-    form = COLUMNS.get(key, ":").split(":")[1]
-    return "" if row.get(key) is None else format(row[key], form)
+    return "" if row.get(key) is None else format(row[key], COLUMNS.get(key, ":").split(":")[1])
 
 
 def eps_text(size, norm, digits=3):
@@ -324,7 +322,7 @@ def draw_curves(path, groups):
             axes.fill_between(epochs, values.min(0), values.max(0), color=f"C{i}", alpha=0.15)
         axes.set(xlabel="epoch", ylabel=label)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
     return True
 
@@ -403,8 +401,7 @@ def train(
                 bar.console.say(f"ALARM  {record['reason']}  ->  {record['action']}", "bold red")
                 continue
             texts = [cell(record, key).rjust(len(header)) for key, header in zip(EPOCH, headers)]
-            style = "red" if record["verdict"] in ("CO", "RO") else None
-            bar.console.say(" ".join(texts), style)
+            bar.console.say(" ".join(texts), "red" if record["verdict"] in ("CO", "RO") else None)
             if rank == 0:
                 write_csv(folder / "history.csv", trainer.history, ebm_at.HISTORY)
         if rank == 0:
@@ -453,14 +450,13 @@ def report(trainer, folder, n, bar):
         "versions": {"python": platform.python_version(), "torch": torch.__version__}}
     try:
         write_json(folder / "result.json", result)
-        draw_curves(folder / "curves.png", {config.method: [trainer.history]})
+        drawn = draw_curves(folder / "curves.png", {config.method: [trainer.history]})
     finally:  # on a full disk, too
         eps, rows = eps_text(config.eps, config.norm), [{"model": k, **v} for k, v in found.items()]
         keys = "model", "epoch", "clean_acc", "fgsm_acc", "pgd_acc", "energy", "delta_energy_pgd"
         say(table(rows, keys, f"test accuracy, {n} images, eps {eps} ({config.norm})"))
         say(f"verdict: {verdict}", "bold " + ("green" if verdict == "healthy" else "red"))
         say(f"{reason}.\n\nTrained {spent:.0f} s, measured {probed:.0f} s. {saved_in(folder)}")
-    drawn = (folder / "curves.png").exists()
     say(f"Its curves: {folder}/curves.png" if drawn else "Its curves need: pip install matplotlib")
     words = ["attack", str(folder)]
     resumed = any(word.startswith("--resume") for word in sys.argv)
@@ -481,13 +477,19 @@ def compare(
     if picture and not picture.endswith(".png"):
         raise BadInput(f"--picture '{picture}' must end in .png")
     found = [read_run(run) for run in runs]
-    differ = [k for k in vars(Config()) if len({getattr(config, k) for config, *_ in found}) > 1
-              and k not in ("seed", "threads", "device", "data_dir")]
+    def options(config):
+        """What train was told: all that differs from what it takes unasked, but for the seed."""
+        usual = vars(ebm_at.recipe(config.dataset, config.method))
+        usual |= {"dataset": "shapes", "method": "fgsm"}
+        text = lambda k, v: f" {eps_text(v, config.norm) if k == 'eps' else v}" * (v is not True)
+        return [f"--{k.replace('_', '-')}{text(k, v)}" for k, v in vars(config).items()
+                if v != usual[k] and k not in ("seed", "threads", "device", "data_dir")
+                and (config.der or not k.startswith(("beta", "gamma", "der_")))]
+    every = [set(options(config)) for config, *_ in found]
+    common = set.intersection(*every) if any(e != every[0] for e in every) else set()
     groups, shown = {}, []
     for config, *told in sorted(found, key=lambda run: run[0].seed):
-        words = [f"--{k.replace('_', '-')}" + f" {value}" * (value is not True) for k in differ
-                 if (value := getattr(config, k)) != getattr(Config(), k)
-                 and (config.der or not k.startswith(("beta", "gamma", "der_")))]
+        words = [word for word in options(config) if word not in common - {"--der"}]
         groups.setdefault(" ".join(words) or "plain", []).append((config, *told))
     for name, group in groups.items():
         configs, results, histories = zip(*group)
@@ -583,12 +585,11 @@ def attack(
     folder = claim_folder(out, path.parent if path else "runs", "attack")
     if save_png:
         claim_folder(save_png, None, None)
+    settings = {"steps": steps, "queries": queries, "restarts": restarts}
     told = {"checkpoint": str(path or model_from), "dataset": data.name, "split": split, "n": n,
         "sha256": path and hashlib.sha256(path.read_bytes()).hexdigest(), "eps": eps, "norm": norm,
-        "suite": names, "steps": steps, "queries": queries, "restarts": restarts, "seed": seed,
-        "device": device_name(where), "threads": threads, "torch": torch.__version__,
-        "warnings": warnings, "complete": False}
-    settings = {"queries": queries, "restarts": restarts} | ({"steps": steps} if steps else {})
+        "suite": names, **settings, "seed": seed, "device": device_name(where), "threads": threads,
+        "torch": torch.__version__, "warnings": warnings, "complete": False}
     known_costs = {"square": queries / 4, "apgd-t": 4 * (steps or 100)}  # gradients, guessed:
     costs = {name: known_costs.get(name) or steps or ebm_at.ATTACKS[name].keywords.get("steps", 1)
              for name in chosen}  # until an attack has ended it may be early
@@ -739,7 +740,6 @@ to_uint8 = lambda x: (x * 255).round().to(torch.uint8)  # images in [0, 1] as th
 def as_picture(x8, side=0):
     """A uint8 image (C, H, W) as a Pillow image, grey or RGB, enlarged to about `side` pixels."""
     from PIL import Image
-
     image = Image.fromarray(x8.permute(1, 2, 0).squeeze(2).contiguous().cpu().numpy())
     scale = max(1, side // x8.shape[-1])
     return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)

@@ -320,6 +320,16 @@ def test_compare_gives_runs_that_differ_by_their_seed_one_row(monkeypatch, capsy
     assert [line.split("|")[1].strip() for line in out.splitlines()[3:5]] == ["plain", "--der"]
 
 
+def test_compare_calls_a_run_by_the_options_that_make_it_again(monkeypatch, capsys):
+    """What all runs share is left out, and so is what the recipe gives (here beta .5, on AAEs)."""
+    logs = [LOGS / f"cifar-{name}-seed0.json" for name in ("fgsm-der", "fgsm-der-paper")]
+    _, out, _ = call(monkeypatch, capsys, "compare", *logs)
+    names = [line.split("|")[1].strip() for line in out.splitlines()[3:5]]
+    assert names == ["--der --beta 1.5 --der-on all --der-ramp 0.7", "--der"]
+    _, out, _ = call(monkeypatch, capsys, "compare", logs[1])
+    assert "--limit 10000" in out and "--der --epochs 15" in out and "--beta" not in out
+
+
 @pytest.mark.parametrize(
     "runs, code, words",
     [

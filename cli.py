@@ -289,9 +289,8 @@ def saved_in(folder):
 
 def device_name(device):
     """The device in words: the GPU's name, or the processor's kind and number of cores."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    processor = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else processor
 
 
 def new_figure(*size):
@@ -383,8 +382,10 @@ def train(
     epoch = len(data.y_train) * (steps + 2) + 12 * 1.75 * config.probe_size
     n = min(config.test_size or len(data.y_test), len(data.y_test))
     begun, quiet = trainer.epoch, quiet or rank > 0
-    total = (config.epochs - begun) * epoch + 2 * 12 * n
-    with keeping(kept), Bar("training", total, quiet) as bar:
+    def progress(e, i, of):
+        bar.total = (trainer.config.epochs - begun) * epoch + 2 * 12 * n  # a rescue adds epochs
+        bar.to((e - begun + i / of) * epoch, f"epoch {e + 1}")
+    with keeping(kept), Bar("training", config.epochs * epoch, quiet) as bar:
         bar.console.say(
             f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
             f" images{f' ({data.note})' * bool(data.note)}, augment {config.augment},"
@@ -395,7 +396,6 @@ def train(
             write_json(folder / "config.json", dataclasses.asdict(config))
         headers = [COLUMNS.get(key, key).split(":")[0].rjust(6) for key in EPOCH]
         bar.console.say(" ".join(headers))
-        progress = lambda e, i, of: bar.to((e - begun + i / of) * epoch, f"epoch {e + 1}")
         for record in trainer.run(folder if rank == 0 else None, progress):
             if record["kind"] == "alarm":
                 bar.console.say(f"ALARM  {record['reason']}  ->  {record['action']}", "bold red")

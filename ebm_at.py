@@ -386,7 +386,7 @@ def robust_overfitting(pgd_acc, train_acc, n, window=3):
 
 
 def lr_at(config, progress):
-    """Learning rate at `progress` in [0, 1) of the run, or of what a rescue left of it."""
+    """Learning rate at `progress` in [0, 1) of the run, or of what a rescue has begun anew."""
     if config.schedule == "triangular":  # 0 -> lr -> 0
         return config.lr * min(progress / config.lr_peak, (1 - progress) / (1 - config.lr_peak))
     if config.schedule == "piecewise":
@@ -407,6 +407,7 @@ def eps_at(config, epochs_done):
 
 # Measured on the training attack at no cost, x* against the attack's start (see Trainer.step).
 TRACKED = ["train_adv_acc", "train_adv_aae", "train_adv_delta_energy", "train_adv_delta_energy_xy"]
+
 
 class Trainer:
     """One run: `for record in Trainer(config, data).run(): ...` trains, measures, keeps the best.
@@ -434,7 +435,7 @@ class Trainer:
             raise BadInput(f"batch_size {size} is not divisible by {world()[1]} processes")
         self.steps = n // size  # per epoch; a last partial batch is left out
         self.epoch, self.history, self.alarms, self.stopped = 0, [], [], False
-        self.restarted = 0  # the epoch from which schedule and alarms count; a rescue moves it
+        self.restarted = 0  # the epoch from which schedules and alarms count; a rescue moves it
         weights = copy.deepcopy(model.state_dict())
         self.best = {"accuracy": -1.0, "epoch": 0, "weights": weights}  # on validation
         if resume:
@@ -456,8 +457,8 @@ class Trainer:
             batches = order.to(self.device).split(config.batch_size)[: self.steps]
             self.model.train()
             for i, rows in enumerate(batches):
-                progress = (self.epoch + i / self.steps) / config.epochs
-                steps.append(self.step(own_share(rows), generator, progress))
+                epochs_done = self.epoch + i / self.steps
+                steps.append(self.step(own_share(rows), generator, epochs_done))
                 if on_progress:
                     on_progress(self.epoch, i + 1, self.steps)
             self.epoch += 1
@@ -486,12 +487,13 @@ class Trainer:
             yield {"kind": "epoch", **self.history[-1]}
         self.model.eval()  # so that whoever uses it next neither sees nor moves batch statistics
 
-    def step(self, rows, generator, progress):
-        """One step of SGD on the images `rows`, at `progress` in [0, 1) of the run.
+    def step(self, rows, generator, epochs_done):
+        """One step of SGD on the images `rows`, after a (fractional) number of epochs.
 
         Returns: the loss and the means of TRACKED, a tensor: reading it would stall a GPU.
         """
-        config, epochs_done = self.config, progress * self.config.epochs
+        config, begun = self.config, self.restarted
+        progress = (epochs_done - begun) / (config.epochs - begun)
         beta, eps = beta_at(config, progress), eps_at(config, epochs_done)
         x = as_pixels(augment(self.data.x_train[rows], config.augment, generator))
         y = self.data.y_train[rows]
@@ -524,8 +526,7 @@ class Trainer:
             loss, logits_adv = objective()
             loss.backward()
         mean_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
-        done = (epochs_done - self.restarted) / (config.epochs - self.restarted)
-        self.optimizer.param_groups[0]["lr"] = lr_at(config, done)
+        self.optimizer.param_groups[0]["lr"] = lr_at(config, progress)
         self.optimizer.step()
         with torch.no_grad():
             ends = (logits if seen else logits_adv), logits_adv
@@ -596,11 +597,12 @@ class Trainer:
         if action in ("rollback", "der"):
             self.model.load_state_dict(self.best["weights"])
         if action == "der":
-            # The schedule starts anew over the epochs that are left: a triangular one from 0, so
-            # that DER meets a low rate first. At a high one it would undo what was learnt. Beta is
-            # at once what it would be had DER been on from the start.
+            # The epochs since the best one are lost: the run gets as many more. Learning rate and
+            # beta begin anew, both from 0, and momentum with them: at a high rate, or at full
+            # weight, DER would first undo what was learnt, and grow from there.
             self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
-            self.optimizer.state.clear()  # no momentum from the collapse
+            self.config.epochs += self.epoch - self.best["epoch"]
+            self.optimizer.state.clear()
         self.stopped = action in ("stop", "rollback")
         alarm = {"kind": "alarm", "verdict": verdict, "epoch": self.epoch, "reason": why}
         alarm |= {"action": action, "der": had_der, "back_to_epoch": self.best["epoch"]}
@@ -2340,8 +2342,8 @@ def restore_run(run, saved):
         raise RunError(f"the checkpoint does not fit this run{other}; not resumed")
     if saved["epoch"] == saved["epochs"] < run.config.epochs:
         raise BadInput(f"that run ended at epoch {saved['epoch']}: start a new one to train longer")
-    if saved["der"] and not run.config.der:  # a rescue has switched DER on, at once
-        run.config.der, run.config.der_from = True, 0.0
+    if saved["der"] and not run.config.der:  # a rescue has switched DER on
+        run.config.der, run.config.der_from, run.config.epochs = True, 0.0, saved["epochs"]
     vars(run).update(copy.deepcopy({k: saved[k] for k in STATE}))
 
 

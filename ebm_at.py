@@ -2257,29 +2257,25 @@ def check_parts(checkpoint, size):
 def load_checkpoint(path):
     """Reads a checkpoint of `train`: state_dicts and plain values only, never code.
 
-    weights_only=True makes torch refuse a pickle that would run something.
     Raises: RunError when the file is missing, damaged, hostile or not one of ours.
     """
     try:
         if not os.path.isfile(path):  # a pipe would make us wait for ever
             raise OSError(0, "no regular file")
-        size = os.path.getsize(path)
         with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums
-            unpacked = sum(part.file_size for part in archive.infolist())
-            if unpacked > size or archive.testzip():  # torch packs nothing
+            size = sum(part.file_size for part in archive.infolist())
+            if size > os.path.getsize(path) or archive.testzip():  # torch packs nothing
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        ours = isinstance(checkpoint, dict) and checkpoint.get("format") == "ebm-at 1"
-        if ours:
-            check_parts(checkpoint, size)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code is run
+        if checkpoint.get("format") != "ebm-at 1":
+            raise ValueError
+        check_parts(checkpoint, size)
+        return checkpoint
     except OSError as error:
         raise RunError(f"no checkpoint '{path}' ({error.strerror or error})") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        kinds = "damaged, of torch before 1.6, not a checkpoint of plain tensors, or they do not"
-        raise RunError(f"'{path}' is {kinds} fit its spec: not loaded") from error
-    if not ours:
-        raise RunError(f"'{path}' is not a checkpoint of this project (no format 'ebm-at 1')")
-    return checkpoint
+        raise RunError(f"'{path}' is not loaded: damaged, not a checkpoint of this project, or not"
+                       " of plain tensors that fit its spec") from error  # fmt: skip
 
 
 def load_model(path, device="cpu"):
@@ -2322,17 +2318,17 @@ def restore_run(run, saved):
     row = dict.fromkeys(HISTORY, 0.0) | {"epoch": 0, "verdict": ""}
     alarm = {"verdict": "", "epoch": 0, "reason": "", "action": "", "der": False}
     try:
-        fits = alike(saved, run_state(run) | {"history": [row], "alarms": [alarm]})
-        fits = fits and 0 <= saved["restarted"] <= saved["epoch"] == len(saved["history"])
+        whole = alike(saved, run_state(run) | {"history": [row], "alarms": [alarm]})
+        if not (whole and 0 <= saved["restarted"] <= saved["epoch"] == len(saved["history"])):
+            raise ValueError
         for weights in (saved["best"]["weights"], saved["model"]):  # a rescue may ask for the best
             run.model.load_state_dict(weights)
         run.optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
         [kept["momentum_buffer"].view_as(p) for p, kept in run.optimizer.state.items()]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
-        fits = False
-    if not fits or saved["data"] != checksum(run.data):
-        other = ": the training images are not those it began with" if fits else ""
-        raise RunError(f"the checkpoint does not fit this run{other}; not resumed")
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise RunError("the checkpoint does not fit this run: not resumed") from error
+    if saved["data"] != checksum(run.data):
+        raise RunError("the training images are not those the run began with: not resumed")
     if saved["epoch"] == saved["epochs"] < run.config.epochs:
         raise BadInput(f"that run ended at epoch {saved['epoch']}: start a new one to train longer")
     if saved["der"] and not run.config.der:  # a rescue has switched DER on

@@ -237,7 +237,7 @@ FROM = "--dataset mine.npz --model-from strangers:"
 BAD = {  # arguments: exit code, words of the one line on stderr
     "nowhere.pt": (1, "no checkpoint 'nowhere.pt'"),
     "cut.pt": (1, "damaged"),
-    "evil.pt": (1, "not a checkpoint of plain tensors"),
+    "evil.pt": (1, "of plain tensors"),
     "state.pt": (1, "not a checkpoint of this project"),
     "--suite standrad": (2, "'standrad' is not one of"),
     "--attacks fgsm,pdg": (2, "did you mean 'pgd'"),

@@ -919,8 +919,7 @@ def kl_pgd(model, x, y, eps, steps=10, step_size=None, *, batchnorm="eval", **op
     check_attack(x, y, eps, options.get("norm", "linf"))
     with attack_mode(model, batchnorm), torch.no_grad():
         clean = model(x)
-    climb = lambda logits, _: kl_divergence(clean, logits)  # noqa: E731
-    options |= dict(loss=climb, batchnorm=batchnorm)
+    options |= dict(loss=lambda logits, _: kl_divergence(clean, logits), batchnorm=batchnorm)
     return nudged_pgd(model, x, y, eps, steps, step_size, **options)
 
 
@@ -1052,9 +1051,8 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """Images in [0, 1] in, logits out: (N, C, H, W) -> (N, K). Normalises them itself.
 
-    Keeping mean and std INSIDE the model means that eps is measured in pixels everywhere and that
-    no attack can forget to normalise. Source: He et al. 2016; Zagoruyko & Komodakis 2016 for the
-    wide ones.
+    With mean and std INSIDE the model eps is measured in pixels everywhere and no attack can forget
+    to normalise. Source: He et al. 2016; the wide ones: Zagoruyko & Komodakis 2016.
     """
 
     def __init__(self, widths, depths, stem, stem_stride, num_classes, in_channels, mean, std):
@@ -1073,7 +1071,6 @@ class PreActResNet(nn.Module):
         self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
-        """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""
         x = self.blocks(self.stem((x - self.mean) / self.std))
         return self.head(F.relu(self.bn(x)).mean((2, 3)))
 
@@ -1082,12 +1079,10 @@ MODELS = ("small", "preactresnet18", "wrn-28-10", "wrn-34-10")
 
 
 def make_model(name="small", num_classes=10, in_channels=3, mean=None, std=None, width=16):
-    """A fresh network with its normalisation inside.
+    """A fresh PreActResNet; its `.spec` holds what load_model needs to build it again.
 
     Args: name, one of MODELS; mean and std, per channel in [0, 1] units (default .5 and .25);
-        width, channels of the first stage, at least 8; for `small` only.
-    Returns: PreActResNet; `.spec` holds what load_model needs to build it again.
-    Raises: BadInput.
+        width, channels of the first stage, at least 8; for `small` only. Raises: BadInput.
     """
     check_choice("model", name, MODELS)
     if not 8 <= width <= 512:  # 512: 311 M parameters
@@ -1340,7 +1335,7 @@ def load_npz(path):
     try:
         with np.load(path, allow_pickle=False) as archive:  # a pickle would run its author's code
             size = sum(part.file_size for part in archive.zip.infolist())
-            if size > max(2**30, 200 * os.path.getsize(path)):  # images shrink tenfold, not 200-fold
+            if size > max(2**30, 200 * os.path.getsize(path)):  # images shrink tenfold, no more
                 raise OSError(f"a bomb of {size / 2**30:.1f} GB")
             arrays = {k: archive[k] for k in archive.files if k.endswith(("_images", "_labels"))}
     except Exception as error:  # damage brings out a dozen kinds, MemoryError among them

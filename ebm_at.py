@@ -1904,32 +1904,22 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
 
 
 # ==== 12. Judging pictures: metrics for generated images ==========================================
-
-
+#
 # Good pictures look like real ones to a JUDGE, a network that did not make them, and are not copies
 # of training images. Each function takes tensors only: features (N, F), probabilities (N, K).
 
 
-@torch.no_grad()
-def judge_images(judge, x, batch_size=500, on_progress=None):
+def judge_images(judge, x, batch_size=500):
     """What a judge sees in images: penultimate features (N, F) and probabilities (N, K).
 
     The features are what its last linear layer is given, caught there by a hook, so that any
-    classifier can be a judge. Args: x (N, C, H, W), uint8 or float in [0, 1]; on_progress, called
-    with the number of images done.
+    classifier that has one can be a judge. Args: x (N, C, H, W), uint8 or float in [0, 1].
     """
-    linear = [m for m in judge.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise BadInput("a judge needs a linear layer: its input is taken as the features")
-    features, probabilities = [], []
-    hook = linear[-1].register_forward_pre_hook(lambda _, given: features.append(given[0].float()))
-    with hook, attack_mode(judge):
-        for xb in x.split(batch_size):
-            xb = as_pixels(xb).contiguous(memory_format=torch.channels_last)
-            probabilities.append(judge(xb).float().softmax(1))
-            if on_progress:
-                on_progress(sum(len(p) for p in probabilities))
-    return torch.cat(features), torch.cat(probabilities)
+    last = [m for m in judge.modules() if isinstance(m, nn.Linear)][-1]
+    features = []
+    with last.register_forward_pre_hook(lambda _, given: features.append(given[0].float())):
+        probabilities = exact_logits(judge, x, batch_size).softmax(1)
+    return torch.cat(features), probabilities
 
 
 def inception_score(probabilities, splits=10):

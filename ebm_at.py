@@ -1479,8 +1479,7 @@ def augment(x, how, generator=None):
 def margin(logits, y):
     """max_{k != y} f(x)[k] - f(x)[y]: positive exactly when x is misclassified. -> (N,).
 
-    Unlike cross-entropy it does not flatten out where the model is confident. Source: Carlini &
-    Wagner 2017.
+    It does not flatten out where the model is confident. Source: Carlini & Wagner 2017.
     """
     return logits.float().scatter(1, y[:, None], -math.inf).amax(1) + energy_xy(logits, y)
 
@@ -1515,10 +1514,7 @@ def fooling_and_unlikely(logits, y):
 
 
 def exact_logits(model, x, batch_size=500):
-    """Logits (N, K) in eval mode and fp32, whatever autocast is on: what claims are judged by.
-
-    x float or uint8 (N, C, H, W).
-    """
+    """Logits (N, K) of x, float or uint8, in eval mode and true fp32: what claims are judged by."""
     with torch.no_grad(), attack_mode(model), autocast(x.device, torch.float32), true_fp32():
         return torch.cat([model(as_pixels(part)).float() for part in x.split(batch_size)])
 
@@ -1630,8 +1626,7 @@ def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None):
 
     It begins with vertical stripes. Each query repaints a random square window with colours at the
     border of the l_inf ball and is kept if the margin grew. The window shrinks from 80% of the
-    image's area to 0.2% by a fixed schedule. What PGD cannot break only because gradients are
-    useless, this can.
+    image to 0.2% by a fixed schedule. Where PGD fails only because gradients mislead, this works.
 
     Args: queries, the most that are spent on an image; it leaves the batch when it falls. All
         images see the same windows and signs. norm: "linf" (the authors' l_2 form is left out).
@@ -1677,8 +1672,8 @@ def pgd_to_class(model, x, y, eps, steps=10, *, pick="least", generator=None, **
         k = logits.shape[1]
         away = torch.randint(1, k, (k,), generator=generator, device=x.device)
         target = (y + away[y]) % k
-    climb = lambda logits, _: -cross_entropy(logits, target)  # noqa: E731
-    return pgd(model, x, y, eps, steps, loss=climb, generator=generator, **options)
+    options |= dict(loss=lambda logits, _: -cross_entropy(logits, target), generator=generator)
+    return pgd(model, x, y, eps, steps, **options)
 
 
 ATTACKS = {
@@ -1734,9 +1729,8 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
         steps, queries: for the attacks that have them.
         on_progress: called as (rows so far, attack, images done, images in all) after every batch.
     Returns: dict: clean_acc, robust_acc; x_adv (N, C, H, W), where an image fell, else x; fallen
-        (N,); rows, natural images first, the dicts of `describe`: worst is the robust accuracy of
-        ALL images so far, outside how many were wrong but out of the ball (not counted), gradients
-        and queries are costs per image.
+        (N,); rows, natural images first, the dicts of `describe` and: worst, the robust accuracy of
+        ALL images so far; outside, those wrong but out of the ball; gradients, queries per image.
     Raises: BadInput. Source: Croce & Hein 2020 (worst case); Mirza et al. 2024 (energies).
     """
     check_attack(x, y, eps, norm)
@@ -1821,9 +1815,6 @@ def describe(name, logits, logits_adv, x, x_adv, y):
 
 def check_model(model, x, y, names=("square",)):
     """The clean logits, fp32 (N, K). Raises BadInput where model, images and attacks do not fit."""
-    place = next((p.device for p in model.parameters()), x.device)
-    if not place == x.device == y.device:
-        raise BadInput(f"model on {place}, images on {x.device}, labels on {y.device}: move them")
     if not len(x):
         raise BadInput("no images to attack")
     trouble = f"the model does not take images of shape {tuple(x.shape[1:])} in any batch size"
@@ -1852,9 +1843,8 @@ def check_model(model, x, y, names=("square",)):
 def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
     """Reasons to distrust a robust accuracy: a list of sentences, empty if nothing was noticed.
 
-    Gradients that lead nowhere make a model LOOK robust. Tried on `most` of the images, and on the
-    `rows` of robust_accuracy. Arguments as there.
-    Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
+    Gradients that lead nowhere make a model LOOK robust. Tried on `most` of the images; rows are
+    those of robust_accuracy. Source: Athalye et al. 2018; Carlini et al. 2019, section 4.
     """
     some = evenly(most, len(x)).to(x.device)
     x, y = x[some], y[some]

@@ -199,7 +199,7 @@ def test_bad_models_images_and_names_are_refused(tiny_net):
         ("K >= 2", stranger(lambda z: net(z)[:, :, None]), x, y, {}),
         ("images of shape", tiny_net(0, 1), x, y, {}), ("no images", net, x[:0], y[:0], {}),
         ("images of shape", tiny_net().half(), x, y, {}), ("float32", net, x.half(), y, {}),
-        ("move them", tiny_net().to("meta"), x, y, {}), ("Inference tensors", made_there, x, y, {}),
+        ("device", tiny_net().to("meta"), x, y, {}), ("Inference tensors", made_there, x, y, {}),
         ("model has 5 classes", net, x, y + 1, {}), ("model has 5 classes", net, x, y - 5, {}),
         ("'standard'", net, x, y, dict(suite="standrad")),
         ("'pgd'", net, x, y, dict(suite=["pdg"])), ("linf, l2", net, x, y, dict(norm="l1")),

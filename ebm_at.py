@@ -1274,8 +1274,8 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
         chosen = stratified(y, limit, seed)
         x, y = x[chosen], y[chosen]
     if missing := set(range(max(2, len(classes)))) - set(y.tolist()):
-        raise BadInput(f"'{name}': class {min(missing)} has no images to train on: number labels"
-                       " 0, 1, ..., have two train/<class>/ or more, or raise limit")  # fmt: skip
+        raise BadInput(f"'{name}': class {min(missing)} has no images to train on: give two classes"
+                       " or more, or raise limit")  # fmt: skip
     return Data(x, y, *splits["val"], *splits["test"], classes, name, note)
 
 
@@ -1313,17 +1313,12 @@ def load_torchvision(name, data_dir):
 
 
 def import_torchvision():
-    """torchvision, also where its wheel was made for CUDA and lies beside a CPU torch.
-
-    There the import stops at "operator torchvision::nms does not exist", although nothing here
-    needs that operator. Declaring its signature, without an implementation, is enough.
-    """
+    """torchvision, also where its wheel was made for CUDA and lies beside a CPU torch."""
     try:
         import torchvision.datasets
-    except RuntimeError:  # another reason than this one shows itself at the second import
-        for op in ("nms", "qnms"):
-            signature = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            torch.library.define(f"torchvision::{op}", signature)
+    except RuntimeError:  # "operator torchvision::nms does not exist", which nothing here needs:
+        for op in ("nms", "qnms"):  # a signature without an implementation is enough
+            torch.library.define(f"torchvision::{op}", "(Tensor a, Tensor b, float c) -> Tensor")
         import torchvision.datasets
     return torchvision
 
@@ -1350,8 +1345,7 @@ def load_npz(path):
         if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "iu":
             raise BadInput(f"'{path}' {split}_labels: not {len(x)} integers but {y.dtype}{y.shape}")
         splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
-    y = splits["train"][1].tolist()  # more classes than images cannot be: see load_data
-    return splits, [str(k) for k in range(1 + min(max(y, default=-1), len(y)))]
+    return splits, [str(k) for k in range(len(splits["train"][1].unique()))]
 
 
 def load_folder(path):

@@ -916,7 +916,6 @@ def nudged_pgd(model, x, y, eps, steps=10, step_size=None, *, generator=None, **
 
 def kl_pgd(model, x, y, eps, steps=10, step_size=None, *, batchnorm="eval", **options):
     """PGD on KL(p(.|x) || p(.|x*)), the attack of TRADES. Arguments as for pgd."""
-    check_attack(x, y, eps, options.get("norm", "linf"))
     with attack_mode(model, batchnorm), torch.no_grad():
         clean = model(x)
     options |= dict(loss=lambda logits, _: kl_divergence(clean, logits), batchnorm=batchnorm)
@@ -1531,7 +1530,7 @@ def apgd_checkpoints(steps):
 
 @torch.no_grad()
 def apgd(model, x, y, eps, steps=100, *, norm="linf", loss=cross_entropy, until_fooled=True,
-         start=None, generator=None):  # fmt: skip
+         generator=None):  # fmt: skip
     """(E27) Auto-PGD: projected gradient ascent with momentum that finds its own step size.
 
         z       = project(x_k + step * direction)
@@ -1547,9 +1546,7 @@ def apgd(model, x, y, eps, steps=100, *, norm="linf", loss=cross_entropy, until_
     Raises: BadInput. Source: Croce & Hein 2020, algorithm 1.
     """
     check_attack(x, y, eps, norm)
-    if start is None:
-        start = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
-    at = before = best = fooling = start
+    at = before = best = fooling = (x + random_noise(x, eps, norm, generator)).clamp(0, 1)
     value = best_value = value_at_check = x.new_full((len(x),), -math.inf, dtype=torch.float32)
     step, best_gradient = x.new_full((len(x), 1, 1, 1), 2 * eps), x
     fooled, last_check = torch.zeros_like(y, dtype=torch.bool), 0
@@ -1658,7 +1655,6 @@ def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None):
 
 def pgd_to_class(model, x, y, eps, steps=10, *, pick="least", generator=None, **options):
     """PGD towards another class: the "least" likely one, or a "random" one for each class."""
-    check_attack(x, y, eps, options.get("norm", "linf"))
     logits = exact_logits(model, x)
     if pick == "least":
         target = logits.scatter(1, y[:, None], math.inf).argmin(1)
@@ -2328,11 +2324,10 @@ def pick_precision(name, device):
     needed. A CPU without bf16 instructions emulates it slowly, hence "auto".
     """
     if name == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:  # the probe is private, hence the guard
-            probe = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-            fast = device.type == "cpu" and probe()
+        if device.type == "cpu":
+            fast = torch.cpu.get_capabilities().get("avx512_bf16")
+        else:
+            fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         name = "bf16" if fast else "fp32"
     return torch.bfloat16 if name == "bf16" else torch.float32
 

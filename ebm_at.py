@@ -1393,10 +1393,7 @@ def find_pictures(folder, seen, left_out):
 
 
 def read_picture(path):
-    """Pixels of a picture as a viewer shows them: uint8 (H, W) or (H, W, 3). Raises: RunError.
-
-    Turned as its EXIF says; what is transparent, on white.
-    """
+    """Pixels as a viewer shows them, EXIF obeyed, on white: uint8 (H, W[, 3]). Raises: RunError."""
     from PIL import Image, ImageOps  # torchvision's own requirement
 
     try:
@@ -1438,7 +1435,7 @@ def stratified(y, count, seed):
     """`count` indices into labels y (N,), each class by its share, in a seeded random order."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(y)))
     by_class = order[torch.argsort(y[order], stable=True)]
-    chosen = by_class[torch.arange(count) * len(y) // max(count, 1)]  # every (N / count)-th of them
+    chosen = by_class[evenly(count, len(y))]
     return chosen[torch.from_numpy(np.random.default_rng(seed + 1).permutation(count))]
 
 
@@ -1769,15 +1766,12 @@ def robust_accuracy(model, x, y, eps, suite="standard", norm="linf", *, seed=0, 
 
 
 def attack_in_batches(name, model, x, y, eps, batch_size, restarts, told, **options):
-    """x* of images by one of ATTACKS; `told`, if any, is called as (images done, images in all).
-
-    A restart asks once more what still stands: that, too, counts among the queries.
-    """
+    """x* of images by one of ATTACKS; `told`, if any, is called as (images done, images in all)."""
     x_adv, done = x.clone(), 0
     for rows in torch.arange(len(x), device=x.device).split(batch_size):
         done += len(rows)
         for attempt in range(restarts if name != "fgsm" else 1):
-            if attempt:  # again, but only on what still stands
+            if attempt:  # only on what still stands; to ask that counts among the queries
                 rows = rows[is_right(exact_logits(model, x_adv[rows]), y[rows])]
             if not len(rows):
                 break
@@ -2194,11 +2188,10 @@ def save_checkpoint(path, checkpoint):
 
 def alike(saved, like):
     """Whether `saved` has the types of `like`, all the way down; lists, those of its first one."""
-    if isinstance(like, dict):
-        found = isinstance(saved, dict) and like.keys() <= saved.keys()
-        return found and all(alike(saved[k], like[k]) for k in like)
-    if isinstance(like, (list, tuple)):
-        return isinstance(saved, (list, tuple)) and all(alike(v, like[0]) for v in saved if like)
+    if isinstance(like, dict) and isinstance(saved, dict):
+        return all(k in saved and alike(saved[k], like[k]) for k in like)
+    if isinstance(like, (list, tuple)) and isinstance(saved, (list, tuple)):
+        return all(alike(v, like[0]) for v in saved if like)
     return type(saved) in ((int, float) if isinstance(like, float) else (type(like),))
 
 

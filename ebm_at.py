@@ -861,27 +861,19 @@ def attack_mode(model, batchnorm="eval", freeze=True):
     "eval" puts every submodule in eval mode: BatchNorm uses its running statistics. "train" leaves
     the modes alone (BatchNorm uses the batch's own statistics) but stops it from recording them.
     freeze: the weights want no gradient meanwhile. torch.compile needs that said beforehand, or the
-    attack's backward pass computes all of theirs. At the end everything is as it was.
+    attack's backward pass computes all of theirs.
     """
-    modes = [(m, m.training) for m in model.modules() if hasattr(m, "training")]
-    norms = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    off = "training" if batchnorm == "eval" else "track_running_stats"
     frozen = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
-    if batchnorm == "eval":
-        norms = []  # TorchScript's may not even be set to what they are
-        model.eval()
+    switches = [(m, off) for m in model.modules() if getattr(m, off, False)]
+    switches += [(p, "requires_grad") for p in frozen]
     try:
-        for m in norms:
-            m.track_running_stats = False
-        for p in frozen:
-            p.requires_grad_(False)
+        for owner, name in switches:  # all are on: off, and on again at the end
+            setattr(owner, name, False)
         yield
     finally:
-        for p in frozen:
-            p.requires_grad_(True)
-        for m in norms:
-            m.track_running_stats = True
-        for m, training in modes:
-            m.training = training
+        for owner, name in switches:
+            setattr(owner, name, True)
 
 
 def check_attack(x, y, eps, norm):
@@ -1262,8 +1254,7 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
     if "val" not in splits:
         count = round(len(y) * val_fraction)
         if not 0 < count < len(y):
-            raise BadInput(f"'{name}': val_fraction {val_fraction:g} of {len(y)} images leaves an"
-                           " empty split")  # fmt: skip
+            raise BadInput(f"'{name}': val_fraction {val_fraction:g} leaves a split empty")
         held_out = torch.zeros(len(y), dtype=torch.bool)
         held_out[stratified(y, count, seed)] = True
         splits["val"], (x, y) = (x[held_out], y[held_out]), (x[~held_out], y[~held_out])
@@ -1810,8 +1801,7 @@ def check_model(model, x, y, names=("square",)):
         if not logits.isfinite().all():
             raise BadInput("the model gives NaN or infinite logits on clean images")
         if not 0 <= y.min() <= y.max() < logits.shape[1]:
-            raise BadInput(f"labels from {y.min()} to {y.max()}, but the model has"
-                           f" {logits.shape[1]} classes")  # fmt: skip
+            raise BadInput(f"labels {y.min()}..{y.max()}, the model has {logits.shape[1]} classes")
         if set(names) - {"square"}:
             trouble = "gradient attacks cannot run, --attacks square can"
             with attack_mode(model):
@@ -1846,8 +1836,7 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
         (broken, f"{broken} attacked points have NaN or infinite logits: they count as fallen."),
         (sums_to_one or energy_x(logits).abs().max() < 1e-3, "The model ends in softmax or"
          " log-softmax: gradients shrink and energies mean nothing; give the logits before it."),
-        (drop > 0.01, f"Square, which uses no gradient, broke {drop:.1%} of the images, all of"
-         " which the attacks before it had left standing: gradients may be masked."),
+        (drop > 0.01, f"Square, gradient-free, broke {drop:.1%} more: gradients may be masked."),
     ]  # fmt: skip
     try:
         check_model(model, x, y, ["pgd"])
@@ -1867,8 +1856,7 @@ def masking_signs(model, x, y, eps, norm="linf", rows=(), most=200):
     one, many, grey = left(fgsm, eps), left(pgd, eps), left(pgd, far)
     signs += [
         (flat > 0.1, f"The gradient is exactly zero for {flat:.0%} of the images: a dead end."),
-        (one < many - 0.02, f"One step (FGSM, {one:.1%} left) hurts more than ten (PGD-10,"
-         f" {many:.1%}): the gradient misleads; trust the worst case at most."),
+        (one < many - 0.02, f"FGSM leaves {one:.1%}, ten steps {many:.1%}: gradients mislead."),
         (catastrophic_overfitting(many, one, one), f"FGSM leaves {one:.1%} right but PGD-10 only"
          f" {many:.1%}: catastrophic overfitting; accuracy under FGSM says nothing here."),
         (grey > 0.1, f"PGD with eps {far:.3g}, enough to turn every image grey, leaves {grey:.1%}"
@@ -2302,9 +2290,7 @@ def pick_device(name="auto"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):  # "meta" computes nothing; others: untried
-            raise NotImplementedError
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # raises on "meta", too, which computes nothing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise RunError(f"device '{name}' is not there; try --device cpu") from error
     return device
@@ -2334,15 +2320,11 @@ def autocast(device, dtype):
 def true_fp32():
     """Switches off what rounds fp32 products to 10 bits or fewer (TF32), and back on at the end."""
     of = torch.backends  # the older allow_tf32 raises once a caller has used these switches
-    kinds = of.cudnn.conv, of.cuda.matmul, of.mkldnn.conv, of.mkldnn.matmul
-    before = [kind.fp32_precision for kind in kinds]
-    try:
-        for kind in kinds:
+    with contextlib.ExitStack() as at_the_end:
+        for kind in (of.cudnn.conv, of.cuda.matmul, of.mkldnn.conv, of.mkldnn.matmul):
+            at_the_end.callback(setattr, kind, "fp32_precision", kind.fp32_precision)
             kind.fp32_precision = "ieee"
         yield
-    finally:
-        for kind, precision in zip(kinds, before):
-            kind.fp32_precision = precision
 
 
 # Several processes (torchrun) share one global batch: all draw the same order of the images, each

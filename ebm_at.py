@@ -932,9 +932,8 @@ def mart_loss(logits, logits_adv, y, beta=5.0):
     factor 1 - p(y|x) lets misclassified images count more. Source: Wang et al. 2020, equation 11.
     """
     rival = logits_adv.float().softmax(1).scatter(1, y[:, None], 0).amax(1)
-    miss = -torch.log1p(1e-4 - rival)  # finite where the rival is certain; 1e-4 as its authors
+    boosted = cross_entropy(logits_adv, y) - torch.log1p(1e-4 - rival)  # 1e-4: finite at rival 1
     doubt = 1 - (-cross_entropy(logits, y)).exp()
-    boosted = cross_entropy(logits_adv, y) + miss
     return (boosted + beta * kl_divergence(logits, logits_adv) * doubt).mean()
 
 
@@ -1329,10 +1328,9 @@ def load_npz(path):
     for split in ["train", "test"] + ["val"] * ("val_images" in arrays or "val_labels" in arrays):
         x, y = arrays.get(f"{split}_images"), arrays.get(f"{split}_labels")
         if x is None or y is None:
-            has = ", ".join(archive.files)[:300] or "nothing"
-            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels; it has {has}")
+            raise BadInput(f"'{path}' lacks {split}_images or {split}_labels: {archive.files[:9]}")
         x = to_nchw(x, f"'{path}' {split}_images")
-        if y.shape not in ((len(x),), (len(x), 1)) or y.dtype.kind not in "iu":
+        if y.size != len(x) or y.dtype.kind not in "iu":
             raise BadInput(f"'{path}' {split}_labels: not {len(x)} integers but {y.dtype}{y.shape}")
         splits[split] = x, torch.from_numpy(y.reshape(-1).astype(np.int64))
     return splits, [str(k) for k in range(len(splits["train"][1].unique()))]

@@ -2203,9 +2203,9 @@ def load_checkpoint(path):
 
     Raises: RunError when the file is missing, damaged, hostile or not one of ours.
     """
+    if not os.path.isfile(path):  # a pipe would make us wait for ever
+        raise RunError(f"no checkpoint '{path}', or no regular file")
     try:
-        if not os.path.isfile(path):  # a pipe would make us wait for ever
-            raise OSError(0, "no regular file")
         with zipfile.ZipFile(path) as archive:  # torch.load itself ignores the checksums
             size = sum(part.file_size for part in archive.infolist())
             if size > os.path.getsize(path) or archive.testzip():  # torch packs nothing
@@ -2215,11 +2215,9 @@ def load_checkpoint(path):
             raise ValueError
         check_parts(checkpoint, size)
         return checkpoint
-    except OSError as error:
-        raise RunError(f"no checkpoint '{path}' ({error.strerror or error})") from error
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
-        raise RunError(f"'{path}' is not loaded: damaged, not a checkpoint of this project, or not"
-                       " of plain tensors that fit its spec") from error  # fmt: skip
+        why = "damaged, not a checkpoint of this project, or not of plain tensors that fit its spec"
+        raise RunError(f"'{path}' is not loaded ({type(error).__name__}): {why}") from error
 
 
 def load_model(path, device="cpu"):
@@ -2284,8 +2282,6 @@ def pick_device(name="auto"):
     """The torch.device called `name`; auto: a CUDA GPU where there is one. Raises: RunError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and dist.is_initialized():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises on "meta", too, which computes nothing
@@ -2337,7 +2333,7 @@ def start_processes(device="auto"):
     gpu = torch.cuda.is_available() and device in ("auto", "cuda")
     try:
         if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
         dist.init_process_group("nccl" if gpu else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:  # no torchrun, odd numbers, a port in use
         hint = f"start with torchrun, or unset WORLD_SIZE ({str(error)[:150]})"

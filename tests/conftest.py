@@ -1,5 +1,6 @@
-"""What all tests share: import path, one thread, the `slow` marker, a tiny random network."""
+"""What all tests share: import path, one thread, `slow`, shapes drawn once, a tiny network."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,10 @@ import torch.nn as nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import ebm_at  # noqa: E402
+
 torch.set_num_threads(1)
+ebm_at.make_shapes = functools.cache(ebm_at.make_shapes)  # 7,500 images take over a second
 
 
 def pytest_configure(config):

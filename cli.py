@@ -351,9 +351,8 @@ def train(
         chosen = dict(ebm_at.PRESETS[preset]) if preset else {}
         if given.get("norm") == "l2":
             chosen.pop("eps", None)  # it is measured in l_inf
-        if "dataset" in given:
-            given["dataset"] = absolute(given["dataset"])  # a resume from elsewhere finds it
         config, folder = ebm_at.recipe(**chosen | given), None
+        config.dataset = absolute(config.dataset)  # a resume from elsewhere finds it
         config.data_dir = os.path.abspath(config.data_dir)
     else:
         if preset or out or given.keys() - {"device"}:
@@ -459,8 +458,7 @@ def report(trainer, folder, n, bar):
         say(f"{reason}.\n\nTrained {spent:.0f} s, measured {probed:.0f} s. {saved_in(folder)}")
     say(f"Its curves: {folder}/curves.png" if drawn else "Its curves need: pip install matplotlib")
     words = ["attack", str(folder)]
-    resumed = any(word.startswith("--resume") for word in sys.argv)
-    if verdict in ("CO", "RO") and not config.der and not resumed:
+    if verdict in ("CO", "RO") and not config.der and "--resume" not in " ".join(sys.argv):
         words = [w for before, w in zip(sys.argv, sys.argv[1:])  # the same, in a new folder
                  if before != "--out" and not re.match("--out(=|$)", w)] + ["--der"]
     say(f"Next: python cli.py {shlex.join(words)}")
@@ -479,8 +477,8 @@ def compare(
     found = [read_run(run) for run in runs]
     def options(config):
         """What train was told: all that differs from what it takes unasked, but for the seed."""
-        usual = vars(ebm_at.recipe(config.dataset, config.method))
-        usual |= {"dataset": "shapes", "method": "fgsm"}
+        given = {k: getattr(config, k) for k in ("dataset", "method", "norm", "awp", "grad_align")}
+        usual = vars(ebm_at.recipe(**given)) | {k: getattr(Config(), k) for k in given}
         text = lambda k, v: f" {eps_text(v, config.norm) if k == 'eps' else v}" * (v is not True)
         return [f"--{k.replace('_', '-')}{text(k, v)}" for k, v in vars(config).items()
                 if v != usual[k] and k not in ("seed", "threads", "device", "data_dir")
@@ -494,6 +492,7 @@ def compare(
     for name, group in groups.items():
         configs, results, histories = zip(*group)
         listed = lambda form, values: " / ".join(form.format(v) for v in values)
+        rung = lambda r: [str(a["epoch"]) for a in r["alarms"] if a["verdict"] == r["verdict"]][:1]
         last, seeds = [100 * r["last"]["pgd_acc"] for r in results], [c.seed for c in configs]
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"two runs of '{name}' with one of the seeds {seeds}: name one of them")
@@ -501,8 +500,7 @@ def compare(
             "clean": listed("{:.1f}", [100 * r["last"]["clean_acc"] for r in results]),
             "PGD-10, last": listed("{:.1f}", last), "mean": f"{np.mean(last):.1f}",
             "best": listed("{:.1f}", [100 * r["best"]["pgd_acc"] for r in results]),
-            "verdict": listed("{}", [", ".join([r["verdict"], *(
-                f"epoch {a['epoch']}" for a in r["alarms"][:1])]) for r in results]),
+            "verdict": listed("{}", [", epoch ".join([r["verdict"], *rung(r)]) for r in results]),
             "AAEs, last": listed("{:.0f}", [100 * h[-1]["train_adv_aae"] for h in histories]),
             "training s": f"{np.median([r['seconds']['training'] for r in results]):.0f}"})
     look = dict(box=rich.box.MARKDOWN, padding=(0, 1))
@@ -523,7 +521,9 @@ def read_run(run):
         [row[k] for row in rows for _, _, *keys in CURVES for k in keys]  # all that compare wants
         [float(found[k]["pgd_acc"] + found[k]["clean_acc"]) for k in ("last", "best")]
         float(found["seconds"]["training"]), rows[-1], [a["epoch"] for a in found["alarms"]]
-        return config_of(found["settings"], run), found, rows
+        config = config_of(found["settings"], run)
+        config.precision = "bf16" if found["precision"] == "bfloat16" else "fp32"  # what auto was
+        return config, found, rows
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise RunError(f"'{run}' is no finished run of this version: {error!r}") from error
 

@@ -9,11 +9,11 @@ an attack finds within eps of x: FGSM in ONE gradient step (single-step, cheap),
 (multi-step, stronger). How far the attack moves the energies are the DELTA ENERGIES,
 dE(x) = E(x) - E(x*) and dE(x, y) = E(x, y) - E(x*, y), in nats (their logarithms are natural ones).
 
-Two things go wrong. Single-step training collapses against PGD (catastrophic overfitting, CO): the
-landscape bends between x and x*, until many x* have a LOWER loss than x (abnormal adversarial
-examples, AAEs). Multi-step training overfits slowly (robust overfitting, RO): its robustness decays
-on new images while it rises on those of training. The Delta Energy Regularizer (DER) adds
-beta * mean sqrt(dE(x)^2 + dE(x, y)^2) to the loss and keeps the landscape flat there.
+Two things go wrong. Single-step training may lose all accuracy under PGD (catastrophic overfitting,
+CO): the landscape bends until many x* have a LOWER loss than x (abnormal adversarial examples,
+AAEs). Multi-step training overfits slowly (robust overfitting, RO): its robustness decays on new
+images while it rises on those of training. The Delta Energy Regularizer (DER) adds beta * mean
+sqrt(dE(x)^2 + dE(x, y)^2), less a margin, to the loss: the landscape there is kept flat.
 
 Part one tells this in order: 1 energies, 2 attacks, 3 losses and DER, 4 overfitting, 5 the training
 loop, 6 generation. Part two is there to look things up in.
@@ -116,7 +116,7 @@ def abnormal(logits, logits_adv, y):
 
     CE(x*) < CE(x) is E(x*, y) - E(x*) < E(x, y) - E(x), that is dE(x, y) > dE(x): the attack made
     the image with its label likelier by more than it made the image likelier. A step uphill that
-    leads down has met a landscape bent within the ball, which is what catastrophic overfitting is.
+    leads down has met a landscape bent within the ball, as catastrophic overfitting bends it.
     Source: Lin, Yu & Liu 2023 (AAER).
     """
     return delta_energy(logits, logits_adv, y) > delta_energy(logits, logits_adv)
@@ -169,13 +169,13 @@ def fgsm(model, x, y, eps, *, norm="linf", loss=cross_entropy, start=None, step=
     """(E7) Fast gradient sign method: x* = clip(x + eps * sign grad_x CE(x, y)); l_2: see ascend.
 
     Args:
-        model: images in [0, 1] -> logits (N, K). Left exactly as it was.
+        model: an nn.Module, images in [0, 1] -> logits (N, K). Left exactly as it was.
         x, y: images float (N, C, H, W) in [0, 1]; labels int64 (N,).
         eps: radius of the ball, in pixel units; 0 returns x.
         norm, loss: "linf" or "l2"; what to climb, see above.
         start, step: where the gradient is taken, if not at x; length of the step, if not eps.
         inside_ball: False leaves x* outside the ball where start + step led there.
-        batchnorm: "eval", or "train" for the batch's own statistics (see attack_mode).
+        batchnorm: "eval", or "train": a model in train mode stays in it (see attack_mode).
         generator: not used; it is here so that all attacks are called alike.
     Returns: x_adv, like x, detached. Raises: BadInput. Source: Goodfellow et al. 2015.
     """
@@ -310,7 +310,8 @@ def evaluate(model, x, y, eps, steps=10, norm="linf", dtype=torch.float32, batch
     """Accuracies and energies of a model on images, clean and under FGSM and PGD.
 
     Args: x (N, C, H, W), uint8 or float in [0, 1], and y; eps, steps, norm of the attacks (PGD: one
-        random start, step eps / 4, the same noise at every call).
+        random start, step eps / 4, the same noise at every call); dtype, of the convolutions: that
+        of training while it runs, float32 (then without TF32) for what is reported at its end.
     Returns: dict of means: clean_acc, fgsm_acc, pgd_acc and fgsm_aae (share of AAEs under FGSM), in
         [0, 1]; energy, E(x); delta_energy_fgsm and delta_energy_pgd, dE(x); abs_delta_energy_pgd,
         |dE(x)|; delta_energy_xy_pgd, dE(x, y), in nats; and n, how many images.
@@ -399,8 +400,7 @@ def lr_at(config, progress):
 def eps_at(config, epochs_done):
     """Radius of the training attack after a (fractional) number of epochs: the linear warm-up.
 
-    Why: in the first steps the landscape is rough and the full eps carries single-step training
-    straight into collapse, with DER too; grown into, it usually does not.
+    Why: @@WARMUP@@
     """
     return config.eps * (min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0)
 
@@ -448,7 +448,7 @@ class Trainer:
         random state to repeat an uninterrupted one bit for bit.
         """
         config, n = self.config, len(self.data.x_train)
-        save_run(self, folder)  # best.pt, too, where a kill came between the two
+        save_run(self, folder)  # anew: a kill may have come between last.pt and best.pt
         while self.epoch < config.epochs and not self.stopped:
             # Train: every image once, in a new order (drawn on the CPU: the same on every device).
             began, steps, seed = time.perf_counter(), [], config.seed * 100_003 + self.epoch
@@ -494,14 +494,15 @@ class Trainer:
         """
         config, begun = self.config, self.restarted
         progress = (epochs_done - begun) / (config.epochs - begun)
-        beta, eps = beta_at(config, progress), eps_at(config, epochs_done)
+        self.beta = beta = beta_at(config, progress)  # begins anew at a rescue, as the rate does
+        eps = eps_at(config, epochs_done)
         x = as_pixels(augment(self.data.x_train[rows], config.augment, generator))
         y = self.data.y_train[rows]
 
         # The attack. BatchNorm sees the batch (attack_bn "train"), as in published training code:
         # on shapes FGSM then reaches 20 to 22% under PGD in each of five seeds before it collapses,
-        # with running statistics 3 to 20%. Its first pass is at its start (x for FGSM, else x and
-        # noise), the loss's at x*: the energies between these two cost no further pass.
+        # with running statistics 3 to 20%. Its first pass is at its start (x for FGSM and TRADES,
+        # else x and noise), the loss's at x*: the energies between these cost no further pass.
         seen = []
         fast = partial(autocast, self.device, self.dtype)
         with self.net.register_forward_hook(lambda m, i, out: seen.append((i[0], out.detach()))):
@@ -576,10 +577,11 @@ class Trainer:
         # One answer for all images is right for one in K, whatever an attack does: no merit.
         if last["val_pgd_acc"] <= 1 / len(self.data.classes):
             return "at chance", f"No better than one answer for all: {accuracy}"
+        best = max(best, self.best["accuracy"])  # from before a rescue, too
         if last["val_pgd_acc"] < 0.6 * best:  # no overfitting: too much is asked of the network
             return "decayed", f"{accuracy} (best {best:.1%}): try a lower lr, or less DER (beta)"
         return "healthy", (
-            f"Healthy: on held-out images {accuracy} (best {self.best['accuracy']:.1%}), FGSM"
+            f"Healthy: on held-out images {accuracy} (best {best:.1%}), FGSM"
             f" accuracy {last['val_fgsm_acc']:.1%}, delta energy under PGD"
             f" {last['val_delta_energy_pgd']:+.2f}"
         )
@@ -588,7 +590,7 @@ class Trainer:
         """Judges the last epoch; at the first alarm of a kind does on_overfit, and returns it."""
         verdict, why = self.diagnose()
         self.history[-1]["verdict"] = verdict
-        action, had_der = self.config.on_overfit, self.config.der
+        action, had_der = self.config.on_overfit, self.beta > 0  # DER is on, not yet to come
         rung = [(a["verdict"], a["der"]) for a in self.alarms]  # each once without DER, once with
         if verdict not in ("CO", "RO") or (verdict, had_der) in rung:
             return None
@@ -597,9 +599,9 @@ class Trainer:
         if action in ("rollback", "der"):
             self.model.load_state_dict(self.best["weights"])
         if action == "der":
-            # The epochs since the best one are lost: the run gets as many more. Learning rate and
-            # beta begin anew, both from 0, and momentum with them: at a high rate, or at full
-            # weight, DER would first undo what was learnt, and grow from there.
+            # The epochs since the best one are lost: the run gets as many more. The schedules of
+            # learning rate and beta begin anew (on shapes both at 0) and momentum with them: at a
+            # high rate, or at full weight, DER would first undo what was learnt.
             self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
             self.config.epochs += self.epoch - self.best["epoch"]
             self.optimizer.state.clear()
@@ -798,7 +800,7 @@ def sgld(model, x, y, targets, *, steps=60, step_size=0.3, momentum=0.8, noise=0
             on_progress(step, x, walks)
         if step == steps or not len(walks):
             break
-        nu = momentum * nu + ascend(0.0, g, -step_size, "l2")
+        nu = momentum * nu + ascend(0.0, g, -step_size, "l2")  # down: minus a step along g / |g|
         jitter = noise * torch.randn(nu.shape, generator=generator, device=x.device)
         x[walks] = (x[walks] + nu + jitter).clamp(0, 1)
         taken[walks] += 1
@@ -859,11 +861,11 @@ def attack_mode(model, batchnorm="eval", freeze=True):
     """Lets an attack run the model without leaving a trace in it.
 
     "eval" puts every submodule in eval mode: BatchNorm uses its running statistics. "train" leaves
-    the modes alone (BatchNorm uses the batch's own statistics) but stops it from recording them.
+    the modes alone (in train mode BatchNorm uses the batch's own) but no statistics are recorded.
     freeze: the weights want no gradient meanwhile. torch.compile needs that said beforehand, or the
     attack's backward pass computes all of theirs.
     """
-    off = "training" if batchnorm == "eval" else "track_running_stats"
+    off = {"eval": "training", "train": "track_running_stats"}[batchnorm]
     frozen = [p for p in model.parameters() if freeze and p.requires_grad and not p.is_inference()]
     switches = [(m, off) for m in model.modules() if getattr(m, off, False)]
     switches += [(p, "requires_grad") for p in frozen]
@@ -1319,7 +1321,7 @@ def load_npz(path):
     try:
         with np.load(path, allow_pickle=False) as archive:  # a pickle would run its author's code
             size = sum(part.file_size for part in archive.zip.infolist())
-            if size > max(2**30, 200 * os.path.getsize(path)):  # images shrink tenfold, no more
+            if size > max(2**30, 200 * os.path.getsize(path)):  # images shrink tenfold or so
                 raise OSError(f"a bomb of {size / 2**30:.1f} GB")
             arrays = {k: archive[k] for k in archive.files if k.endswith(("_images", "_labels"))}
     except Exception as error:  # damage brings out a dozen kinds, MemoryError among them
@@ -2239,7 +2241,7 @@ def run_state(run):
     """All that a resume needs beside the config, as plain values and tensors."""
     return {k: getattr(run, k) for k in STATE} | {
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "der": run.config.der, "epochs": run.config.epochs, "data": checksum(run.data),
+        "epochs": run.config.epochs, "data": checksum(run.data),
     }  # fmt: skip
 
 
@@ -2273,7 +2275,7 @@ def restore_run(run, saved):
         raise RunError("the training images are not those the run began with: not resumed")
     if saved["epoch"] == saved["epochs"] < run.config.epochs:
         raise BadInput(f"that run ended at epoch {saved['epoch']}: start a new one to train longer")
-    if saved["der"] and not run.config.der:  # a rescue has switched DER on
+    if saved["restarted"]:  # a rescue has switched DER on and made the run longer
         run.config.der, run.config.der_from, run.config.epochs = True, 0.0, saved["epochs"]
     vars(run).update(copy.deepcopy({k: saved[k] for k in STATE}))
 

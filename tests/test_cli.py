@@ -334,7 +334,7 @@ def test_compare_calls_a_run_by_the_options_that_make_it_again(monkeypatch, caps
     "runs, code, words",
     [
         (["nothing"], 1, "'nothing' is no finished run"),
-        ([LOGS / "shapes-fgsm-seed0.json"] * 2, 2, "two runs of 'plain'"),
+        ([LOGS / "shapes-fgsm-seed0.json"] * 2, 2, "two runs of '--precision bf16'"),
     ],
 )
 def test_compare_names_what_it_cannot_compare(runs, code, words, monkeypatch, capsys):

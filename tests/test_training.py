@@ -222,6 +222,17 @@ def test_reactions(data, tmp_path, reaction, epochs):
     assert list(again.run()) == [] and again.verdict()[0] == verdict  # taken up to be measured
 
 
+def test_der_that_is_yet_to_come_is_no_reason_to_give_up(data):
+    """An alarm before der_from: the rescue switches DER on, and its end is measured by all epochs."""
+    trainer = Collapsing(recipe(on_overfit="der", der=True, der_from=0.9, **TINY), data)
+    trainer.bad, trainer.der_helps = (2,), False
+    (alarm,) = [r for r in trainer.run() if r["kind"] == "alarm"]
+    assert (alarm["action"], alarm["der"]) == ("der", False) and trainer.config.der_from == 0
+    assert trainer.beta > 0 and trainer.diagnose()[0] == "healthy"
+    trainer.best["accuracy"] = 0.5
+    assert trainer.diagnose()[0] == "decayed"
+
+
 def test_rescue_restarts_the_schedule_and_gives_up_when_der_fails_too(data, tmp_path):
     """Healthy, collapse, healthy with DER, collapse again: the best state comes back, and stop."""
     config = recipe(on_overfit="der", **TINY | dict(epochs=6))

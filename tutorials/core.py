@@ -1,8 +1,8 @@
 """Adversarial training seen through energies, in one short file: python tutorials/core.py [SEED]
 
 Trains a small network twice with one-step (FGSM) adversarial training, without and with the Delta
-Energy Regularizer, and prints what happens; then makes images with the second one. ebm_at.py has
-the reasons, rivals and measurements. (Minutes on a CPU core; EBM_AT_SHORT=1: a trial of seconds.)
+Energy Regularizer, and prints what happens; then makes images with the second one (core.png).
+ebm_at.py has the reasons and the rivals. (Minutes on a CPU core; EBM_AT_SHORT=1: seconds.)
 """
 
 import os
@@ -52,8 +52,8 @@ def attack(model, x, y, eps, steps, step_size):
     return x_adv
 
 
-# 3. DER, the paper's equation (7): how far the attack moved both energies. In abnormal examples it
-#    LOWERED the loss: the landscape is bent between x and x*, and DER keeps it flat there.
+# 3. DER, the paper's equation (7) with gamma 0: how far the attack moved both energies. In abnormal
+#    examples it LOWERED the loss: the landscape is bent between x and x*. DER keeps it flat there.
 def der(logits, logits_adv, y):
     moved = energy_x(logits) - energy_x(logits_adv), energy_xy(logits, y) - energy_xy(logits_adv, y)
     return torch.stack(moved).norm(dim=0).mean()
@@ -85,7 +85,7 @@ def train(model, x_train, y_train, use_der):
         yield epoch + 1
 
 
-# 5. A collapse shows in PGD accuracy, and late in the share of abnormal examples.
+# 5. A collapse shows in PGD accuracy, and often in the share of abnormal examples.
 def measure(model, x, y):
     model.eval()
     attacked = (attack(model, x, y, EPS, *s) for s in ((0, 0), (1, EPS), (10, EPS / 4)))

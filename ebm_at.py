@@ -400,7 +400,8 @@ def lr_at(config, progress):
 def eps_at(config, epochs_done):
     """Radius of the training attack after a (fractional) number of epochs: the linear warm-up.
 
-    Why: @@WARMUP@@
+    Why: with the full eps from the first step FGSM collapses on shapes with DER, too (seed 0: at
+    epoch 6, .1% under PGD in the end); grown into over three epochs, in none of five seeds.
     """
     return config.eps * (min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0)
 

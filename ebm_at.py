@@ -495,9 +495,8 @@ class Trainer:
         Returns: the loss and the means of TRACKED, a tensor: reading it would stall a GPU.
         """
         config, begun = self.config, self.restarted
-        progress = (epochs_done - begun) / (config.epochs - begun)
-        self.beta = beta = beta_at(config, progress)  # begins anew at a rescue, as the rate does
-        eps = eps_at(config, epochs_done)
+        progress = (epochs_done - begun) / (config.epochs - begun)  # but for the warm-up, see react
+        self.beta, eps = beta_at(config, progress), eps_at(config, epochs_done)
         x = as_pixels(augment(self.data.x_train[rows], config.augment, generator))
         y = self.data.y_train[rows]
 
@@ -520,7 +519,7 @@ class Trainer:
             """Loss and logits of x*, in an autocast of its own: it remembers the weights it has
             cast, and AWP moves them between two calls."""
             with fast():
-                return training_loss(self.net, x, y, x_adv, noise, beta, config)
+                return training_loss(self.net, x, y, x_adv, noise, self.beta, config)
 
         # The descent: at shifted weights if AWP is on, at a rate that follows the schedule.
         self.optimizer.zero_grad()
@@ -601,11 +600,11 @@ class Trainer:
         if action in ("rollback", "der"):
             self.model.load_state_dict(self.best["weights"])
         if action == "der":
-            # The epochs since the best one are lost: the run gets as many more. The schedules of
-            # learning rate and beta begin anew (on shapes both at 0) and momentum with them: at a
-            # high rate, or at full weight, DER would first undo what was learnt.
+            # From the best epoch's weights all begins anew, epochs, learning rate and beta, and
+            # momentum with them: at a high rate, or at full weight, DER would first undo what was
+            # learnt. (With as many epochs more as were lost, seed 2 collapsed again.)
             self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
-            self.config.epochs += self.epoch - self.best["epoch"]
+            self.config.epochs += self.epoch
             self.optimizer.state.clear()
         self.stopped = action in ("stop", "rollback")
         alarm = {"kind": "alarm", "verdict": verdict, "epoch": self.epoch, "reason": why}

@@ -199,7 +199,7 @@ def test_verdicts_on_hand_made_histories(data, method, warmup, accuracies, verdi
 
 
 @pytest.mark.parametrize(
-    "reaction, epochs", [("continue", 4), ("stop", 2), ("rollback", 2), ("der", 5)]
+    "reaction, epochs", [("continue", 4), ("stop", 2), ("rollback", 2), ("der", 6)]
 )
 def test_reactions(data, tmp_path, reaction, epochs):
     config = recipe(on_overfit=reaction, **TINY | dict(epochs=4))
@@ -240,9 +240,8 @@ def test_rescue_restarts_the_schedule_and_gives_up_when_der_fails_too(data, tmp_
     trainer.bad, trainer.der_helps = (2, 4), False
     actions = [r["action"] for r in trainer.run(tmp_path) if r["kind"] == "alarm"]
     assert actions == ["der", "rollback"] and len(trainer.history) == 4
-    # 5 steps an epoch; the last of epoch 3 lies at 4/5 of the first of the 5 epochs that are left:
-    # 4, and one more for epoch 2, which was lost.
-    assert trainer.history[2]["lr"] == pytest.approx(config.lr * (4 / 5) / 5 / 0.4)
+    # 5 steps an epoch; the last of epoch 3 lies at 4/5 of the first of 6 epochs: all begins anew.
+    assert trainer.history[2]["lr"] == pytest.approx(config.lr * (4 / 5) / 6 / 0.4)
     assert trainer.verdict()[0] == "CO"
     best = load_checkpoint(tmp_path / "best.pt")["model"]
     assert all(torch.equal(v, best[k]) for k, v in trainer.model.state_dict().items())

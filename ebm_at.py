@@ -436,7 +436,7 @@ class Trainer:
             raise BadInput(f"batch_size {size} is not divisible by {world()[1]} processes")
         self.steps = n // size  # per epoch; a last partial batch is left out
         self.epoch, self.history, self.alarms, self.stopped = 0, [], [], False
-        self.restarted = 0  # the epoch from which schedules and alarms count; a rescue moves it
+        self.restarted = 0  # the epoch from which learning rate and alarms count; see react
         weights = copy.deepcopy(model.state_dict())
         self.best = {"accuracy": -1.0, "epoch": 0, "weights": weights}  # on validation
         if resume:
@@ -494,9 +494,8 @@ class Trainer:
         The attack finds x*; the loss there falls by a step; what both passes saw is told.
         Returns: the loss and the means of TRACKED, a tensor: reading it would stall a GPU.
         """
-        config, begun = self.config, self.restarted
-        progress = (epochs_done - begun) / (config.epochs - begun)  # but for the warm-up, see react
-        self.beta, eps = beta_at(config, progress), eps_at(config, epochs_done)
+        config, eps = self.config, eps_at(self.config, epochs_done)
+        self.beta = beta_at(config, epochs_done / config.epochs)
         x = as_pixels(augment(self.data.x_train[rows], config.augment, generator))
         y = self.data.y_train[rows]
 
@@ -528,6 +527,7 @@ class Trainer:
             loss, logits_adv = objective()
             loss.backward()
         mean_over_processes([p.grad for p in self.model.parameters() if p.grad is not None])
+        progress = (epochs_done - self.restarted) / (config.epochs - self.restarted)
         self.optimizer.param_groups[0]["lr"] = lr_at(config, progress)
         self.optimizer.step()
         with torch.no_grad():
@@ -600,9 +600,9 @@ class Trainer:
         if action in ("rollback", "der"):
             self.model.load_state_dict(self.best["weights"])
         if action == "der":
-            # From the best epoch's weights all begins anew, epochs, learning rate and beta, and
-            # momentum with them: at a high rate, or at full weight, DER would first undo what was
-            # learnt. (With as many epochs more as were lost, seed 2 collapsed again.)
+            # A whole run follows, from the best epoch's weights: the learning rate begins anew, and
+            # momentum with it, but beta is at once what it would be had DER been on all the time.
+            # Growing from 0 again it was too little, too late: seed 2 decayed once more.
             self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
             self.config.epochs += self.epoch
             self.optimizer.state.clear()

@@ -81,6 +81,7 @@ BatchSize = option(int, "images per call of the model", min=1)
 Threads = option(int, "CPU threads; 0: one for the small model, else all cores", min=0, max=1024)
 Device = option(str, "auto, cpu, cuda, cuda:1, mps")
 Quiet = option(bool, "print nothing but the result", "--quiet")
+GUIDES = {"joint": ebm_at.energy_xy, "class": ebm_at.cross_entropy}
 
 PANELS = {  # of train's --help, by the first field of each
     "dataset": "Data", "model": "Model", "method": "Method", "der": "Regularizers",
@@ -381,10 +382,8 @@ def train(
     epoch = len(data.y_train) * (steps + 2) + 12 * 1.75 * config.probe_size
     n = min(config.test_size or len(data.y_test), len(data.y_test))
     begun, quiet = trainer.epoch, quiet or rank > 0
-    def progress(e, i, of):
-        bar.total = (trainer.config.epochs - begun) * epoch + 2 * 12 * n  # a rescue adds epochs
-        bar.to((e - begun + i / of) * epoch, f"epoch {e + 1}")
-    with keeping(kept), Bar("training", config.epochs * epoch, quiet) as bar:
+    total = lambda: (trainer.config.epochs - begun) * epoch + 2 * 12 * n  # a rescue adds epochs
+    with keeping(kept), Bar("training", total(), quiet) as bar:
         bar.console.say(
             f"{config.method}{' + DER' * config.der} on {data.name}: {len(data.x_train)} training"
             f" images{f' ({data.note})' * bool(data.note)}, augment {config.augment},"
@@ -395,8 +394,10 @@ def train(
             write_json(folder / "config.json", dataclasses.asdict(config))
         headers = [COLUMNS.get(key, key).split(":")[0].rjust(6) for key in EPOCH]
         bar.console.say(" ".join(headers))
+        progress = lambda e, i, of: bar.to((e - begun + i / of) * epoch, f"epoch {e + 1}")
         for record in trainer.run(folder if rank == 0 else None, progress):
             if record["kind"] == "alarm":
+                bar.total = total()
                 bar.console.say(f"ALARM  {record['reason']}  ->  {record['action']}", "bold red")
                 continue
             texts = [cell(record, key).rjust(len(header)) for key, header in zip(EPOCH, headers)]
@@ -476,13 +477,14 @@ def compare(
         raise BadInput(f"--picture '{picture}' must end in .png")
     found = [read_run(run) for run in runs]
     def options(config):
-        """What train was told: all that differs from what it takes unasked, but for the seed."""
+        """What makes the run again, but for the seed; precision is what auto came to."""
         given = {k: getattr(config, k) for k in ("dataset", "method", "norm", "awp", "grad_align")}
         usual = vars(ebm_at.recipe(**given)) | {k: getattr(Config(), k) for k in given}
         text = lambda k, v: f" {eps_text(v, config.norm) if k == 'eps' else v}" * (v is not True)
         return [f"--{k.replace('_', '-')}{text(k, v)}" for k, v in vars(config).items()
                 if v != usual[k] and k not in ("seed", "threads", "device", "data_dir")
-                and (config.der or not k.startswith(("beta", "gamma", "der_")))]
+                and (config.der or config.on_overfit == "der"
+                     or not k.startswith(("beta", "gamma", "der_")))]
     every = [set(options(config)) for config, *_ in found]
     common = set.intersection(*every) if any(e != every[0] for e in every) else set()
     groups, shown = {}, []
@@ -492,7 +494,7 @@ def compare(
     for name, group in groups.items():
         configs, results, histories = zip(*group)
         listed = lambda form, values: " / ".join(form.format(v) for v in values)
-        rung = lambda r: [str(a["epoch"]) for a in r["alarms"] if a["verdict"] == r["verdict"]][:1]
+        rung = lambda r: [str(a["epoch"]) for a in r["alarms"] if a["verdict"] == r["verdict"]][-1:]
         last, seeds = [100 * r["last"]["pgd_acc"] for r in results], [c.seed for c in configs]
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"two runs of '{name}' with one of the seeds {seeds}: name one of them")
@@ -520,8 +522,9 @@ def read_run(run):
                 for row in csv.DictReader(history.read_text(encoding="utf-8").splitlines())]
         [row[k] for row in rows for _, _, *keys in CURVES for k in keys]  # all that compare wants
         [float(found[k]["pgd_acc"] + found[k]["clean_acc"]) for k in ("last", "best")]
-        float(found["seconds"]["training"]), rows[-1], [a["epoch"] for a in found["alarms"]]
-        config = config_of(found["settings"], run)
+        float(found["seconds"]["training"]), rows[-1], found["verdict"] + ""
+        [(a["epoch"], a["verdict"], a["action"]) for a in found["alarms"]]
+        ebm_at.check_config(config := config_of(found["settings"], run))
         config.precision = "bf16" if found["precision"] == "bfloat16" else "fp32"  # what auto was
         return config, found, rows
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -776,9 +779,6 @@ def save_pngs(folder, images, names):
 
 
 # ==== generate ====================================================================================
-
-GUIDES = {"joint": ebm_at.energy_xy, "class": ebm_at.cross_entropy}
-
 
 @app.command(rich_help_panel="Commands")
 def generate(

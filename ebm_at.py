@@ -43,6 +43,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import time
 import typing
 import warnings
@@ -258,7 +259,7 @@ def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
 
 
 def beta_at(config, progress):
-    """Weight of DER at `progress` in [0, 1) of the run: from der_from on, grown over der_ramp.
+    """Weight of DER at `progress` in [0, 1) of all epochs: from der_from on, grown over der_ramp.
 
     Why it grows: early on the network has to learn before there is anything to flatten (beta 2 from
     the start learns nothing on shapes). Against an early collapse there is eps_at.
@@ -387,7 +388,7 @@ def robust_overfitting(pgd_acc, train_acc, n, window=3):
 
 
 def lr_at(config, progress):
-    """Learning rate at `progress` in [0, 1) of the run, or of what a rescue has begun anew."""
+    """Learning rate at `progress` in [0, 1) of the run; after a rescue, of what has come since."""
     if config.schedule == "triangular":  # 0 -> lr -> 0
         return config.lr * min(progress / config.lr_peak, (1 - progress) / (1 - config.lr_peak))
     if config.schedule == "piecewise":
@@ -418,7 +419,7 @@ class Trainer:
 
     def __init__(self, config, data, model=None, resume=None):
         check_config(config)
-        self.config = dataclasses.replace(config)  # ours: a rescue switches DER on
+        self.config = dataclasses.replace(config)  # ours: a rescue adds epochs and DER
         self.device = pick_device(config.device)
         self.dtype = pick_precision(config.precision, self.device)
         self.data = data.to(self.device)
@@ -491,7 +492,7 @@ class Trainer:
     def step(self, rows, generator, epochs_done):
         """One step of SGD on the images `rows`, after a (fractional) number of epochs.
 
-        The attack finds x*; the loss there falls by a step; what both passes saw is told.
+        Makes x*, steps down the loss there, and measures TRACKED on logits that both have made.
         Returns: the loss and the means of TRACKED, a tensor: reading it would stall a GPU.
         """
         config, eps = self.config, eps_at(self.config, epochs_done)
@@ -601,8 +602,8 @@ class Trainer:
             self.model.load_state_dict(self.best["weights"])
         if action == "der":
             # A whole run follows, from the best epoch's weights: the learning rate begins anew, and
-            # momentum with it, but beta is at once what it would be had DER been on all the time.
-            # Growing from 0 again it was too little, too late: seed 2 decayed once more.
+            # momentum with it. Beta does not, it is what it would be had the run, now longer, had
+            # DER from its start: growing from 0 again it was too little (tutorials/results).
             self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
             self.config.epochs += self.epoch
             self.optimizer.state.clear()
@@ -863,6 +864,7 @@ def attack_mode(model, batchnorm="eval", freeze=True):
 
     "eval" puts every submodule in eval mode: BatchNorm uses its running statistics. "train" leaves
     the modes alone (in train mode BatchNorm uses the batch's own) but no statistics are recorded.
+    Flags are set, no module's own train() is called.
     freeze: the weights want no gradient meanwhile. torch.compile needs that said beforehand, or the
     attack's backward pass computes all of theirs.
     """
@@ -911,6 +913,7 @@ def nudged_pgd(model, x, y, eps, steps=10, step_size=None, *, generator=None, **
 
 def kl_pgd(model, x, y, eps, steps=10, step_size=None, *, batchnorm="eval", **options):
     """PGD on KL(p(.|x) || p(.|x*)), the attack of TRADES. Arguments as for pgd."""
+    check_attack(x, y, eps, options.get("norm", "linf"))
     with attack_mode(model, batchnorm), torch.no_grad():
         clean = model(x)
     options |= dict(loss=lambda logits, _: kl_divergence(clean, logits), batchnorm=batchnorm)
@@ -1251,7 +1254,8 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
         if len(x) == 0 or x.shape[1:] != splits["train"][0].shape[1:]:
             raise BadInput(f"'{name}': {split} has no images, or images of another size than train")
         if y.min() < 0 or y.max() >= len(classes):
-            raise BadInput(f"'{name}': the labels of {split} must lie in 0..{len(classes) - 1}")
+            raise BadInput(f"'{name}': the labels of {split} must lie in 0..{len(classes) - 1}:"
+                           f" train has {len(classes)} classes, number them 0, 1, ...")  # fmt: skip
     x, y = splits["train"]
     if "val" not in splits:
         count = round(len(y) * val_fraction)
@@ -1324,7 +1328,8 @@ def load_npz(path):
             size = sum(part.file_size for part in archive.zip.infolist())
             if size > max(2**30, 200 * os.path.getsize(path)):  # images shrink tenfold or so
                 raise OSError(f"a bomb of {size / 2**30:.1f} GB")
-            arrays = {k: archive[k] for k in archive.files if k.endswith(("_images", "_labels"))}
+            keys = [k for k in archive.files if re.fullmatch("(train|val|test)_(images|labels)", k)]
+            arrays = {k: np.asarray(archive[k]) for k in keys}
     except Exception as error:  # damage brings out a dozen kinds, MemoryError among them
         raise RunError(f"'{path}' cannot be read as an .npz of plain arrays: {error}") from error
     splits = {}
@@ -1348,7 +1353,10 @@ def load_folder(path):
             continue
         if len(there) != 1:
             raise RunError(f"folder '{path}' must have one {names}/ with a folder per class")
-        files = find_pictures(there[0], seen, left_out)
+        try:
+            files = find_pictures(there[0], seen, left_out)
+        except (OSError, RecursionError) as error:
+            raise RunError(f"folder '{there[0]}' cannot be read: {error}") from error
         kinds = [os.path.relpath(file, there[0]).split(os.sep) for file in files]
         found, y = np.unique([k[0] for k in kinds], return_inverse=True)
         if classes not in (None, found.tolist()) or min(map(len, kinds)) < 2:
@@ -1644,6 +1652,7 @@ def square(model, x, y, eps, queries=5000, *, norm="linf", generator=None):
 
 def pgd_to_class(model, x, y, eps, steps=10, *, pick="least", generator=None, **options):
     """PGD towards another class: the "least" likely one, or a "random" one for each class."""
+    check_attack(x, y, eps, options.get("norm", "linf"))
     logits = exact_logits(model, x)
     if pick == "least":
         target = logits.scatter(1, y[:, None], math.inf).argmin(1)
@@ -2026,7 +2035,8 @@ class Config:
     momentum: float = opt(0.9, "momentum of SGD", 0, 0.999)
     weight_decay: float = opt(5e-4, "L2 penalty of SGD, on every parameter", 0)
     # Overfitting
-    on_overfit: Literal["continue", "stop", "rollback", "der"] = opt("continue", "at an alarm")
+    on_overfit: Literal["continue", "stop", "rollback", "der"] = opt("continue", "at an alarm;"
+        " rollback: to the best epoch, and stop; der: from there a whole run with DER")
     probe_size: int = opt(400, "validation images measured every epoch; half of test, a quarter of"
                           " train", 1)
     test_size: int = opt(0, "test images that judge last and best; 0 = all", 0)
@@ -2049,7 +2059,7 @@ HISTORY = [  # of history.csv; on test images, but for train_... and val_...; en
 
 PRESETS = {
     # Few images, many epochs, a learning-rate drop: what RO needs (Rice et al. 2020).
-    # With --der the paper's, from the first drop of the rate on; at .8 little would be left to save.
+    # With --der the paper's beta and gamma from the first drop on; at .8 little is left to save.
     "ro": dict(dataset="shapes", method="pgd", limit=200, width=32, eps=12 / 255, eps_warmup=0.0,
                attack_steps=5, batch_size=50, lr=0.1, schedule="piecewise", epochs=80,
                probe_size=200, test_size=1000, beta=6.0, gamma=0.2, der_from=0.5, der_ramp=0.0),
@@ -2216,12 +2226,12 @@ def load_checkpoint(path):
                 raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # no code is run
         if checkpoint.get("format") != "ebm-at 1":
-            raise ValueError
+            raise ValueError("no format 'ebm-at 1'")
         check_parts(checkpoint, size)
         return checkpoint
     except Exception as error:  # torch.load raises a dozen kinds on a damaged file
         why = "damaged, not a checkpoint of this project, or not of plain tensors that fit its spec"
-        raise RunError(f"'{path}' is not loaded ({type(error).__name__}): {why}") from error
+        raise RunError(f"'{path}' is not loaded ({error!r:.60}): {why}") from error
 
 
 def load_model(path, device="cpu"):
@@ -2289,7 +2299,7 @@ def pick_device(name="auto"):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises on "meta", too, which computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise RunError(f"device '{name}' is not there; try --device cpu") from error
     return device
 

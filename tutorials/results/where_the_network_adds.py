@@ -1,6 +1,6 @@
 """What does the classifier add to its generated images? Every start with and without the walk.
 
-    python tutorials/results/where_the_network_adds.py RUN/best.pt NAME=JUDGE/last.pt ... > table.csv
+    python tutorials/results/where_the_network_adds.py RUN/best.pt NAME=JUDGE/last.pt ... > all.csv
 
 One row per way and seed. Zero steps is the control: what the start does alone; with one candidate
 the network is not even asked which start it likes. "other class" starts in a picture of the next
@@ -49,7 +49,7 @@ def judged(network, x8, y, real):
 
 def main(
     checkpoint: str, judges: list[str], dataset: str = "", per_class: int = 100, seeds: int = 3,
-    starts: str = "local-pca 50,local-pca 10,local-pca 5,gaussian 50,mean 50,noise 50,other class 50",
+    starts: str = "local-pca 50,local-pca 10,gaussian 50,mean 50,noise 50,other class 50",
     stop: str = "sampled", quantile: float = 0.5, threads: int = 1,
 ):  # fmt: skip
     torch.set_num_threads(threads)

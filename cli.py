@@ -93,10 +93,10 @@ def fields_as_options(command):
     signature = inspect.signature(command)
     own, panel, p = list(signature.parameters.values())[:-1], None, inspect.Parameter
     for f in dataclasses.fields(Config):
-        panel, is_eps = PANELS.get(f.name, panel), f.name == "eps"
-        shown = rf" \[default: {'20/255' if is_eps else f.default}]" * (f.type is not bool)
-        more = {"rich_help_panel": panel} | (EPS if is_eps else {})
-        kind = option(Optional[f.type], f.metadata["note"] + shown, **more)
+        panel, size = PANELS.get(f.name, panel), EPS if f.name in ("eps", "attack_step") else {}
+        value = "20/255" if f.name == "eps" else f.default
+        shown = rf" \[default: {value}]" * (f.type is not bool)
+        kind = option(Optional[f.type], f.metadata["note"] + shown, rich_help_panel=panel, **size)
         own.append(inspect.Parameter(f.name, p.KEYWORD_ONLY, default=None, annotation=kind))
     command.__signature__ = signature.replace(parameters=own)
     command.__annotations__ = {p.name: p.annotation for p in own}

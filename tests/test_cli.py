@@ -148,6 +148,7 @@ BAD = {
     "--method fsgm": (2, "'fsgm' is not one of"),
     "--eps 8": (2, "8/255"),
     "--eps abc": (2, "'abc' is not a number"),
+    "--attack-step 2/0": (2, "'2/0' is not a number"),
     "--epochs 0": (2, "epochs must lie in 1"),
     "--lr nan": (2, "lr must lie in"),
     "--out=": (2, "empty value"),

@@ -523,7 +523,7 @@ def read_run(run):
         [row[k] for row in rows for _, _, *keys in CURVES for k in keys]  # all that compare wants
         [float(found[k]["pgd_acc"] + found[k]["clean_acc"]) for k in ("last", "best")]
         float(found["seconds"]["training"]), rows[-1], found["verdict"] + ""
-        [(a["epoch"], a["verdict"], a["action"]) for a in found["alarms"]]
+        [(a["epoch"], a["verdict"]) for a in found["alarms"]]
         ebm_at.check_config(config := config_of(found["settings"], run))
         config.precision = "bf16" if found["precision"] == "bfloat16" else "fp32"  # what auto was
         return config, found, rows

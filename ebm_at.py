@@ -342,7 +342,7 @@ def catastrophic_overfitting(pgd_acc, single_step_acc, best_pgd_acc):
 
     Three numbers in [0, 1], of one epoch; the best so far includes this one. Neither the share of
     AAEs nor dE is asked: on the stored runs the accuracies rang in 1 of 79 that did not collapse
-    and missed 3 of 30 that did; no rule without a probe did better (tutorials/alarms.py).
+    and missed 3 of 30 that did (tutorials/alarms.py; AAEs > 27%, chosen on them, did as well).
     """
     apart = single_step_acc - pgd_acc >= 0.12 and pgd_acc <= 0.35 * single_step_acc
     fallen = pgd_acc < 0.6 * best_pgd_acc
@@ -1067,6 +1067,7 @@ class PreActResNet(nn.Module):
         self.head = nn.Linear(c_in, num_classes)
 
     def forward(self, x):
+        """Images (N, C, H, W) in [0, 1] -> logits (N, K)."""
         x = self.blocks(self.stem((x - self.mean) / self.std))
         return self.head(F.relu(self.bn(x)).mean((2, 3)))
 
@@ -1238,8 +1239,8 @@ def load_data(name="shapes", data_dir="data", limit=0, val_fraction=0.1, seed=0)
     """
     name, note = str(name), ""
     if name == "shapes":
-        classes, splits = list(SHAPES), {"train": make_shapes(5500, seed)}
-        splits["test"] = make_shapes(2000, seed + 1_000_003)
+        classes = list(SHAPES)
+        splits = {"train": make_shapes(5500, seed), "test": make_shapes(2000, seed + 1_000_003)}
     elif name in TORCHVISION_SETS:
         splits, classes = load_torchvision(name, data_dir)
     elif name.endswith(".npz"):
@@ -2296,6 +2297,8 @@ def pick_device(name="auto"):
     """The torch.device called `name`; auto: a CUDA GPU where there is one. Raises: RunError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and dist.is_initialized():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises on "meta", too, which computes nothing
@@ -2347,7 +2350,7 @@ def start_processes(device="auto"):
     gpu = torch.cuda.is_available() and device in ("auto", "cuda")
     try:
         if gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what "cuda" means from here on
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if gpu else "gloo")
     except (KeyError, ValueError, RuntimeError) as error:  # no torchrun, odd numbers, a port in use
         hint = f"start with torchrun, or unset WORLD_SIZE ({str(error)[:150]})"

@@ -469,7 +469,7 @@ def report(trainer, folder, n, bar):
 
 @app.command(rich_help_panel="Commands")
 def compare(
-    runs: Annotated[list[str], typer.Argument(help="run folders, or logs stored as NAME.json")],
+    runs: Annotated[list[str], typer.Argument(help="run folders")],
     picture: option(Optional[str], "a new .png: mean and range over seeds, by epoch") = None):
     """Put finished runs side by side: one row for all that differ by their seed only."""
     refuse_existing(picture)
@@ -514,12 +514,11 @@ def compare(
 
 def read_run(run):
     """(Config, result.json, rows of history.csv) of a finished run. Raises: RunError."""
-    path, log = Path(run), Path(os.path.splitext(run)[0] + ".csv")
-    result, history = (path / "result.json", path / "history.csv") if path.is_dir() else (path, log)
     try:
-        found = json.loads(result.read_text(encoding="utf-8"))
+        found = json.loads(Path(run, "result.json").read_text(encoding="utf-8"))
+        history = Path(run, "history.csv").read_text(encoding="utf-8").splitlines()
         rows = [{k: v if k == "verdict" else float(v) for k, v in row.items()}
-                for row in csv.DictReader(history.read_text(encoding="utf-8").splitlines())]
+                for row in csv.DictReader(history)]
         [row[k] for row in rows for _, _, *keys in CURVES for k in keys]  # all that compare wants
         [float(found[k]["pgd_acc"] + found[k]["clean_acc"]) for k in ("last", "best")]
         float(found["seconds"]["training"]), rows[-1], found["verdict"] + ""

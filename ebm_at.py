@@ -342,7 +342,7 @@ def catastrophic_overfitting(pgd_acc, single_step_acc, best_pgd_acc):
 
     Three numbers in [0, 1], of one epoch; the best so far includes this one. Neither the share of
     AAEs nor dE is asked: on the stored runs the accuracies rang in 1 of 79 that did not collapse
-    and missed 3 of 30 that did (tutorials/alarms.py; AAEs > 27%, chosen on them, did as well).
+    and missed 3 of 30 that did (tutorials/results/alarms.py; AAEs > 27%, chosen on them, did as well).
     """
     apart = single_step_acc - pgd_acc >= 0.12 and pgd_acc <= 0.35 * single_step_acc
     fallen = pgd_acc < 0.6 * best_pgd_acc

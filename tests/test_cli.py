@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib
 import inspect
 import json
 import os
@@ -20,7 +21,7 @@ import cli
 import ebm_at
 
 ROOT = Path(__file__).resolve().parents[1]
-LOGS = ROOT / "tutorials/results/train"
+LOGS = ROOT / "tutorials/results/train/cpu"
 QUICK = ("--limit 60 --batch-size 20 --epochs 2 --width 8 --probe-size 20 --test-size 20"
          " --eps-warmup 0 --device cpu").split()  # fmt: skip
 
@@ -312,40 +313,50 @@ def test_fgsm_collapses_on_shapes_and_der_prevents_it(tmp_path):
 # ---- compare
 
 
-def test_compare_gives_runs_that_differ_by_their_seed_one_row(monkeypatch, capsys):
+@pytest.fixture
+def stored(tmp_path, monkeypatch):
+    """stored(pattern): folders of the runs that tutorials/results keeps."""
+    monkeypatch.syspath_prepend(str(ROOT / "tutorials/results"))
+
+    def unpack(pattern):
+        importlib.import_module("logs").unpack(str(LOGS), tmp_path, pattern)
+        return sorted(tmp_path.glob(pattern))
+
+    return unpack
+
+
+def test_compare_gives_runs_that_differ_by_their_seed_one_row(stored, monkeypatch, capsys):
     """On stored logs, whose settings have fields that are gone (ema, probe_every)."""
-    logs = sorted(LOGS.glob("shapes-fgsm-seed*.json")) + [LOGS / "shapes-fgsm-der-seed0.json"]
-    code, out, err = call(monkeypatch, capsys, "compare", *logs)
-    last = [json.loads(log.read_text())["last"]["pgd_acc"] for log in logs[:-1]]
+    plain, der = stored("shapes-fgsm-seed*"), stored("shapes-fgsm-der-seed0")
+    code, out, err = call(monkeypatch, capsys, "compare", *plain, *der)
+    last = [json.loads((run / "result.json").read_text())["last"]["pgd_acc"] for run in plain]
     assert code == 0 and " / ".join(f"{100 * v:.1f}" for v in last) in out, err
     assert [line.split("|")[1].strip() for line in out.splitlines()[3:5]] == ["plain", "--der"]
 
 
-def test_compare_calls_a_run_by_the_options_that_make_it_again(monkeypatch, capsys):
+def test_compare_calls_a_run_by_the_options_that_make_it_again(stored, monkeypatch, capsys):
     """What all runs share is left out, and so is what the recipe gives (here beta .5, on AAEs)."""
-    logs = [LOGS / f"cifar-{name}-seed0.json" for name in ("fgsm-der", "fgsm-der-paper")]
-    _, out, _ = call(monkeypatch, capsys, "compare", *logs)
+    runs = stored("cifar-fgsm-der*seed0")
+    _, out, _ = call(monkeypatch, capsys, "compare", *runs)
     names = [line.split("|")[1].strip() for line in out.splitlines()[3:5]]
-    assert names == ["--der --beta 1.5 --der-on all --der-ramp 0.7", "--der"]
-    _, out, _ = call(monkeypatch, capsys, "compare", logs[1])
+    assert sorted(names) == ["--der", "--der --beta 1.5 --der-on all --der-ramp 0.7"]
+    _, out, _ = call(monkeypatch, capsys, "compare", runs[0])
     assert "--limit 10000" in out and "--der --epochs 15" in out and "--beta" not in out
 
 
-@pytest.mark.parametrize(
-    "runs, code, words",
-    [
+def test_compare_names_what_it_cannot_compare(stored, monkeypatch, capsys):
+    (run,) = stored("shapes-fgsm-seed0")
+    for runs, code, words in (
         (["nothing"], 1, "'nothing' is no finished run"),
-        ([LOGS / "shapes-fgsm-seed0.json"] * 2, 2, "two runs of '--precision bf16'"),
-    ],
-)
-def test_compare_names_what_it_cannot_compare(runs, code, words, monkeypatch, capsys):
-    got, _, err = call(monkeypatch, capsys, "compare", *runs)
-    assert got == code and words in err and err.count("\n") == 1
+        ([run, run], 2, "two runs of '--precision bf16'"),
+    ):
+        got, _, err = call(monkeypatch, capsys, "compare", *runs)
+        assert got == code and words in err and err.count("\n") == 1
 
 
-def test_compare_names_the_column_that_an_older_log_lacks(tmp_path, monkeypatch, capsys):
-    rows = (LOGS / "shapes-fgsm-seed0.csv").read_text().replace("train_adv_aae", "something_else")
-    (tmp_path / "old.csv").write_text(rows)
-    shutil.copy(LOGS / "shapes-fgsm-seed0.json", tmp_path / "old.json")
-    code, _, err = call(monkeypatch, capsys, "compare", tmp_path / "old.json")
+def test_compare_names_the_column_that_an_older_log_lacks(stored, monkeypatch, capsys):
+    (run,) = stored("shapes-fgsm-seed0")
+    rows = (run / "history.csv").read_text().replace("train_adv_aae", "something_else")
+    (run / "history.csv").write_text(rows)
+    code, _, err = call(monkeypatch, capsys, "compare", run)
     assert code == 1 and "train_adv_aae" in err and err.count("\n") == 1

@@ -1,6 +1,7 @@
 """How early, and how often falsely, would each rule have called catastrophic overfitting?
 
-    python tutorials/alarms.py        # all stored runs but those of robust overfitting and rescues
+    python tutorials/results/alarms.py      # all stored runs but those of robust overfitting and
+                                            # rescues
 
 Every rule sees a run as it happens: it may use no later epoch. A run COLLAPSED if PGD-10 accuracy
 on test images ended below 60% of its best, or below the 10% of one answer for all; the collapse is
@@ -8,10 +9,11 @@ the first epoch, after the three in which eps grows, from which on it stayed the
 the free statistics (no share of AAEs) count for the rules that need none.
 """
 
-import csv
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+from logs import read
+
+SETS = Path(__file__).resolve().parent / "train"
 RULES = {  # name: (column that is needed, does it ring at this row?)
     "accuracies (catastrophic_overfitting)": ("verdict", lambda row: row["verdict"] == "CO"),
     "share of AAEs > 20%": ("train_adv_aae", lambda row: row["train_adv_aae"] > 0.20),
@@ -25,19 +27,13 @@ RULES = {  # name: (column that is needed, does it ring at this row?)
 }  # fmt: skip
 
 
-def read(path):
-    """A log as a list of dicts, one per epoch, numbers as floats."""
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    words = ("verdict", "run")
-    return [{k: v if k in words else float(v) for k, v in row.items()} for row in rows]
-
-
 def logs():
     """{name: rows} of every stored run of training that an alarm could ring in."""
-    runs = {f.stem: read(f) for f in sorted((RESULTS / "train").glob("*.csv"))}
-    for row in read(RESULTS / "first-version.csv"):
-        runs.setdefault(row["run"] + " (first version)", []).append(row)
+    runs = {}
+    for name in ("cpu", "h100", "first-version"):
+        for run, (_, history) in read(SETS / name).items():
+            rows = [{k: v if k == "verdict" else float(v) for k, v in r.items()} for r in history]
+            runs[f"{run} ({name})"] = rows
     return {k: v for k, v in runs.items() if not k.startswith("ro-") and "rescue" not in k}
 
 

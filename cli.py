@@ -426,8 +426,7 @@ def open_run(folder):
 
 def report(trainer, folder, n, bar):
     """Measures the last and the best model; result.json, curves.png and the closing words."""
-    config, found = trainer.config, {}
-    asked = dataclasses.asdict(config)
+    config, asked, found = trainer.config, dataclasses.asdict(trainer.config), {}
     with contextlib.suppress(OSError, ValueError):  # what was asked for: a rescue changes config
         asked = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     write_csv(folder / "history.csv", trainer.history, ebm_at.HISTORY)  # if killed before it was
@@ -494,7 +493,8 @@ def compare(
     for name, group in groups.items():
         configs, results, histories = zip(*group)
         listed = lambda form, values: " / ".join(form.format(v) for v in values)
-        rung = lambda r: [str(a["epoch"]) for a in r["alarms"] if a["verdict"] == r["verdict"]][-1:]
+        rung = lambda r, **kind: [f"{a['verdict']} ({a['epoch']})" for a in r["alarms"]
+                                  if kind.items() <= a.items()][-1:]  # the last of its kind
         last, seeds = [100 * r["last"]["pgd_acc"] for r in results], [c.seed for c in configs]
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"two runs of '{name}' with one of the seeds {seeds}: name one of them")
@@ -502,7 +502,9 @@ def compare(
             "clean": listed("{:.1f}", [100 * r["last"]["clean_acc"] for r in results]),
             "PGD-10, last": listed("{:.1f}", last), "mean": f"{np.mean(last):.1f}",
             "best": listed("{:.1f}", [100 * r["best"]["pgd_acc"] for r in results]),
-            "verdict": listed("{}", [", epoch ".join([r["verdict"], *rung(r)]) for r in results]),
+            "verdict (epoch)": listed("{}", [" after ".join(  # after the alarm of a rescue
+                (rung(r, verdict=r["verdict"]) or [r["verdict"]]) + rung(r, action="der"))
+                for r in results]),
             "AAEs, last": listed("{:.0f}", [100 * h[-1]["train_adv_aae"] for h in histories]),
             "training s": f"{np.median([r['seconds']['training'] for r in results]):.0f}"})
     look = dict(box=rich.box.MARKDOWN, padding=(0, 1))
@@ -515,10 +517,9 @@ def compare(
 def read_run(run):
     """(Config, result.json, rows of history.csv) of a finished run. Raises: RunError."""
     try:
-        found = json.loads(Path(run, "result.json").read_text(encoding="utf-8"))
-        history = Path(run, "history.csv").read_text(encoding="utf-8").splitlines()
-        rows = [{k: v if k == "verdict" else float(v) for k, v in row.items()}
-                for row in csv.DictReader(history)]
+        found = json.loads(Path(run, "result.json").read_text("utf-8"))
+        log = csv.DictReader(Path(run, "history.csv").read_text("utf-8").splitlines())
+        rows = [{k: v if k == "verdict" else float(v) for k, v in row.items()} for row in log]
         [row[k] for row in rows for _, _, *keys in CURVES for k in keys]  # all that compare wants
         [float(found[k]["pgd_acc"] + found[k]["clean_acc"]) for k in ("last", "best")]
         float(found["seconds"]["training"]), rows[-1], found["verdict"] + ""

@@ -1889,10 +1889,12 @@ def judge_images(judge, x, batch_size=500):
 
     The features are what its last linear layer is given, caught there by a hook, so that any
     classifier that has one can be a judge. Args: x (N, C, H, W), uint8 or float in [0, 1].
+    Raises: BadInput.
     """
-    last = [m for m in judge.modules() if isinstance(m, nn.Linear)][-1]
-    features = []
-    with last.register_forward_pre_hook(lambda _, given: features.append(given[0].float())):
+    linear, features = [m for m in judge.modules() if isinstance(m, nn.Linear)], []
+    if not linear:
+        raise BadInput("a judge needs a linear layer: what its last one is given are the features")
+    with linear[-1].register_forward_pre_hook(lambda _, given: features.append(given[0].float())):
         probabilities = exact_logits(judge, x, batch_size).softmax(1)
     return torch.cat(features), probabilities
 

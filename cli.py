@@ -469,7 +469,7 @@ def report(trainer, folder, n, bar):
 @app.command(rich_help_panel="Commands")
 def compare(
     runs: Annotated[list[str], typer.Argument(help="run folders")],
-    picture: option(Optional[str], "a new .png: mean and range over seeds, by epoch") = None):
+    picture: option(Optional[str], "a new .png: mean and range over seeds by epoch") = None):
     """Put finished runs side by side: one row for all that differ by their seed only."""
     refuse_existing(picture)
     if picture and not picture.endswith(".png"):
@@ -493,8 +493,8 @@ def compare(
     for name, group in groups.items():
         configs, results, histories = zip(*group)
         listed = lambda form, values: " / ".join(form.format(v) for v in values)
-        rung = lambda r, **kind: [f"{a['verdict']} ({a['epoch']})" for a in r["alarms"]
-                                  if kind.items() <= a.items()][-1:]  # the last of its kind
+        first = lambda r, rescue: [f"{a['verdict']} ({a['epoch']})" for a in r["alarms"] if rescue
+            == (a.get("action") == "der") and (rescue or a["verdict"] == r["verdict"])][:1]
         last, seeds = [100 * r["last"]["pgd_acc"] for r in results], [c.seed for c in configs]
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"two runs of '{name}' with one of the seeds {seeds}: name one of them")
@@ -502,9 +502,8 @@ def compare(
             "clean": listed("{:.1f}", [100 * r["last"]["clean_acc"] for r in results]),
             "PGD-10, last": listed("{:.1f}", last), "mean": f"{np.mean(last):.1f}",
             "best": listed("{:.1f}", [100 * r["best"]["pgd_acc"] for r in results]),
-            "verdict (epoch)": listed("{}", [" after ".join(  # after the alarm of a rescue
-                (rung(r, verdict=r["verdict"]) or [r["verdict"]]) + rung(r, action="der"))
-                for r in results]),
+            "verdict (epoch)": listed("{}", [" after ".join(
+                (first(r, False) or [r["verdict"]]) + first(r, True)) for r in results]),
             "AAEs, last": listed("{:.0f}", [100 * h[-1]["train_adv_aae"] for h in histories]),
             "training s": f"{np.median([r['seconds']['training'] for r in results]):.0f}"})
     look = dict(box=rich.box.MARKDOWN, padding=(0, 1))

@@ -33,8 +33,8 @@ loop, 6 generation. Part two is there to look things up in.
 Paper: "Understanding Adversarial Training with Energy-based Models", Mirza et al. 2025, arXiv
 2505.22486. Predecessor: "Shedding More Light on Robust Classifiers under the lens of Energy-based
 Models", Mirza et al., ECCV 2024, arXiv 2407.06315. Where we differ: DER is the paper's equation (7)
-as a public reimplementation gives it; that it presses all images, that beta grows, its size and
-the alarm's thresholds were measured here; how section 6 works in detail is our reading.
+as a public reimplementation gives it; that on shapes it presses all images, that beta grows, its
+size and the alarm's thresholds were measured here; how section 6 works in detail is our reading.
 """
 
 import contextlib
@@ -143,8 +143,8 @@ def gradient_of(model, x, y, loss):
 
 def ascend(x_adv, gradient, step, norm="linf"):
     """The steepest step of length `step`: along the sign for l_inf, along the gradient for l_2."""
-    unit = gradient.sign() if norm == "linf" else F.normalize(gradient.flatten(1)).view_as(gradient)
-    return x_adv + step * unit.nan_to_num(0)  # where the gradient is NaN: no step
+    unit = gradient.sign() if norm == "linf" else F.normalize(gradient.flatten(1), eps=1e-30)
+    return x_adv + step * unit.view_as(gradient).nan_to_num(0)  # where it is NaN: no step
 
 
 def project(x_adv, x, eps, norm="linf"):
@@ -273,14 +273,22 @@ def beta_at(config, progress):
 
 
 def training_attack(model, x, y, eps, config, generator=None):
-    """x* as config.method makes it (see METHODS, section 8, and Config, section 13)."""
-    attack = METHODS[config.method].attack
+    """x* as config.method makes it (METHODS, section 8; Config, section 13), and the logits at the
+    attack's start (x for FGSM and TRADES, else x and noise), which its first pass makes anyway.
+    """
+    attack, seen = METHODS[config.method].attack, []
     if attack is None:
-        return x
+        return x, None
     options = dict(norm=config.norm, batchnorm=config.attack_bn, generator=generator)
     if attack not in SINGLE_STEP:
         options |= dict(steps=config.attack_steps, step_size=config.attack_step or None)
-    return attack(model, x, y, eps, **options)
+    with model.register_forward_hook(lambda _, given, out: seen.append((given[0], out.detach()))):
+        x_adv = attack(model, x, y, eps, **options)
+    start, logits = seen[0]
+    if config.attack_bn == "eval":  # the loss has batch statistics: look with those
+        with torch.no_grad(), attack_mode(model, "train"):
+            logits = model(start)
+    return x_adv, logits
 
 
 def training_loss(model, x, y, x_adv, noise, beta, config):
@@ -295,9 +303,8 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
     loss = method.loss(logits, logits_adv, y, config.method_beta)
     if beta:
         penalty = der(logits, logits_adv, y, config.gamma, config.der_on == "abnormal")
-        if config.der_on == "abnormal":  # a process counts by its share of all processes' AAEs
-            own = abnormal(logits, logits_adv, y).sum().float()
-            penalty = penalty * (own / mean_over_processes([own.clone()])[0].clamp_min(1e-9))
+        if config.der_on == "abnormal":
+            penalty = penalty * process_weight(abnormal(logits, logits_adv, y))  # one process: 1
         loss = loss + beta * penalty
     if config.grad_align:
         with attack_mode(model, "train", freeze=False):
@@ -359,9 +366,9 @@ def catastrophic_overfitting(pgd_acc, single_step_acc, best_pgd_acc):
 def robust_overfitting(pgd_acc, train_acc, n, window=3):
     """Does PGD accuracy decay from its best while that on TRAINING images rises? A sentence, or "".
 
-    Args: both accuracies, a list with a number per epoch; n, images behind each PGD accuracy.
-    Means over `window` epochs are compared (one is too noisy to judge by): the fall must be 4
-    points and 1.5 standard errors, the rise 5 points.
+    Both accuracies: a list with a number per epoch; n: images behind each of pgd_acc. Means over
+    `window` epochs are compared (one is noisy): a fall of 4 points and 1.5 standard errors, a rise
+    of 5 points.
     """
     if len(pgd_acc) < window:
         return ""
@@ -374,7 +381,7 @@ def robust_overfitting(pgd_acc, train_acc, n, window=3):
         return ""
     return (f"Robust overfitting: PGD accuracy on held-out images fell from {best:.1%},"
             f" {len(pgd_acc) - 1 - peak} epochs ago, to {pgd_acc[-1]:.1%} (alarm at"
-            f" {100 * limit:.1f} points less) while on attacked training images it rose from"
+            f" a fall of {100 * limit:.1f} points) while on attacked training images it rose from"
             f" {then:.1%} to {train_acc[-1]:.1%}")  # fmt: skip
 
 
@@ -385,8 +392,8 @@ def robust_overfitting(pgd_acc, train_acc, n, window=3):
 # where that step lands, and bending the landscape between x and there is cheaper than becoming
 # robust: the slope at x then points away from the danger, FGSM lands on harmless points (AAEs), and
 # accuracy on them soars, while PGD, which looks again on its way, finds everything wrong. The loss
-# looks at x* alone and cannot see this. DER sees x as well: it charges for any difference of
-# energy between x and x*, and the bend that tricks FGSM makes one.
+# looks at x* alone and cannot see this. DER sees x as well, and charges for every difference of
+# energy between the two: an image that turns harmless only where FGSM steps has one.
 
 
 def lr_at(config, progress):
@@ -409,7 +416,7 @@ def eps_at(config, epochs_done):
     return config.eps * (min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0)
 
 
-# Measured on the training attack at no cost, x* against the attack's start (see Trainer.step).
+# Measured on the training attack at no cost, x* against its start (with AWP at shifted weights).
 TRACKED = ["train_adv_acc", "train_adv_aae", "train_adv_delta_energy", "train_adv_delta_energy_xy"]
 
 
@@ -500,18 +507,11 @@ class Trainer:
         y = self.data.y_train[rows]
 
         # The attack. BatchNorm sees the batch (attack_bn "train"), as in published training code:
-        # on shapes FGSM then reaches 20 to 22% under PGD in each of five seeds before it collapses,
-        # with running statistics 3 to 20%. Its first pass is at its start (x for FGSM and TRADES,
-        # else x and noise), the loss's at x*: the energies between these cost no further pass.
-        seen = []
+        # on shapes FGSM then reaches 21 to 24% under PGD in each of five seeds before it collapses,
+        # with running statistics 3 to 20%.
         fast = partial(autocast, self.device, self.dtype)
-        with self.net.register_forward_hook(lambda m, i, out: seen.append((i[0], out.detach()))):
-            with fast():
-                x_adv = training_attack(self.net, x, y, eps, config, generator)
-        start, logits = seen[0] if seen else (x, None)
-        if seen and config.attack_bn == "eval":  # the loss has batch statistics: look with those
-            with torch.no_grad(), attack_mode(self.net, "train"), fast():
-                logits = self.net(start)
+        with fast():
+            x_adv, logits = training_attack(self.net, x, y, eps, config, generator)
         noise = random_noise(x, eps, config.norm, generator) if config.grad_align else None
 
         def objective():
@@ -530,8 +530,8 @@ class Trainer:
         progress = (epochs_done - self.restarted) / (config.epochs - self.restarted)
         self.optimizer.param_groups[0]["lr"] = lr_at(config, progress)
         self.optimizer.step()
-        with torch.no_grad():
-            ends = (logits if seen else logits_adv), logits_adv
+        with torch.no_grad():  # TRACKED: from the attack's start to x*, at no further pass
+            ends = (logits_adv if logits is None else logits), logits_adv
             tracked = [logits_adv.argmax(1) == y, abnormal(*ends, y), delta_energy(*ends),
                        delta_energy(*ends, y)]  # fmt: skip
             return torch.stack([loss.detach(), *(t.float().mean() for t in tracked)])
@@ -549,14 +549,13 @@ class Trainer:
             prefix = "" if split == "test" else f"{split}_"
             told = evaluate(self.model, x[rows], y[rows], config.eps, 10, config.norm, self.dtype)
             found |= {prefix + k: v for k, v in told.items()}
-        if dist.is_initialized():  # all processes must decide alike: what rank 0 measured counts
-            values = torch.tensor(list(found.values()), device=self.device, dtype=torch.float64)
-            dist.broadcast(values, 0)
-            found = dict(zip(found, values.tolist()))
+        found = of_first_process(found, self.device)  # all must decide alike
         return found | {"probe_seconds": time.perf_counter() - began}
 
     def diagnose(self):
-        """(verdict, why) of the last epoch: healthy, CO, RO, decayed, at chance or not robust."""
+        """(verdict, why) of the last epoch. The first that holds: not robust (not trained to be),
+        CO, RO, at chance (no better than one answer for all), decayed (< 60% of the best), healthy.
+        """
         config, last = self.config, self.history[-1]
         accuracy = f"PGD accuracy is {last['val_pgd_acc']:.1%}"
         if config.method == "none":
@@ -575,8 +574,8 @@ class Trainer:
             n = min(config.probe_size, len(self.data.y_val))
             if why := robust_overfitting(pgd_acc, train_acc, n):
                 return "RO", why
-        # One answer for all images is right for one in K, whatever an attack does: no merit.
-        if last["val_pgd_acc"] <= 1 / len(self.data.classes):
+        # One answer for all, the commonest class, holds whatever an attack does: no merit.
+        if last["val_pgd_acc"] <= self.data.y_val.bincount().max().item() / len(self.data.y_val):
             return "at chance", f"No better than one answer for all: {accuracy}"
         best = max(best, self.best["accuracy"])  # from before a rescue, too
         if last["val_pgd_acc"] < 0.6 * best:  # no overfitting: too much is asked of the network
@@ -600,10 +599,10 @@ class Trainer:
         if action in ("rollback", "der"):
             self.model.load_state_dict(self.best["weights"])
         if action == "der":
-            # A whole run follows, from the best epoch's weights: the learning rate begins anew, and
-            # momentum with it. Beta does not, it is what it would be had the run, now longer, had
-            # DER from its start: growing from 0 again it was too little (tutorials/results).
-            self.config.der, self.config.der_from, self.restarted = True, 0.0, self.epoch
+            # A whole run follows from the best epoch's weights; learning rate and momentum begin
+            # anew. Beta does not, it goes by all epochs: from 0 again it was too little (measured).
+            self.config.der, self.restarted = True, self.epoch
+            self.config.der_from *= verdict == "RO"  # a late DER stays late; a collapse cannot wait
             self.config.epochs += self.epoch
             self.optimizer.state.clear()
         self.stopped = action in ("stop", "rollback")
@@ -719,7 +718,7 @@ def draw_starts(pca, n, init="local-pca", neighbours=10, temperature=1.5, genera
     """(E15) Where n walks of pca's class begin: x0 = clip(mu + V^T z), or uniform noise.
 
     z by `init`, one of STARTS: local_codes for local-pca; s g for gaussian (s, std of real codes;
-    g ~ N(0, 1)); .35 s g for pca (the predecessor has .005 sqrt(n - 1), n 5,000); 0 for mean.
+    g ~ N(0, 1)); .35 s g for pca, as in the predecessor; 0 for mean.
     Returns: images (n, C, H, W) in [0, 1]. Raises: BadInput.
     """
     check_choice("init", init, STARTS)
@@ -748,8 +747,7 @@ def stop_targets(energies, n, stop="sampled", quantile=0.5, generator=None):
 
     mean: their mean. quantile: the value below which that share of them lies (small: likelier
     pictures, more steps). sampled: each walk gets one real image's, so that the pictures' energies
-    are spread as real ones are; with a mean for a target the upper half of them is cut off, and to
-    a robust judge so is half of the variety. fixed: -inf, never; all steps are taken.
+    are spread as real ones are (a mean cuts off the upper half). fixed: -inf; all steps are taken.
     """
     check_choice("stop", stop, STOPS)
     if not 0 <= quantile <= 1:
@@ -2282,7 +2280,9 @@ def restore_run(run, saved):
     if saved["epoch"] == saved["epochs"] < run.config.epochs:
         raise BadInput(f"that run ended at epoch {saved['epoch']}: start a new one to train longer")
     if saved["restarted"]:  # a rescue has switched DER on and made the run longer
-        run.config.der, run.config.der_from, run.config.epochs = True, 0.0, saved["epochs"]
+        run.config.der, run.config.epochs = True, saved["epochs"]
+        kinds = [alarm["verdict"] for alarm in saved["alarms"] if alarm["action"] == "der"]
+        run.config.der_from *= kinds == ["RO"]  # as in react
     vars(run).update(copy.deepcopy({k: saved[k] for k in STATE}))
 
 
@@ -2354,6 +2354,21 @@ def start_processes(device="auto"):
 def world():
     """(rank of this process, number of processes); (0, 1) outside torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def process_weight(chosen):
+    """What this process's mean over its `chosen` images (N,) counts in that over all processes'."""
+    own = chosen.sum().float()
+    return own / mean_over_processes([own.clone()])[0].clamp_min(1e-9)
+
+
+def of_first_process(numbers, device):
+    """The dict of numbers that the process of rank 0 has."""
+    if not dist.is_initialized():
+        return numbers
+    values = torch.tensor(list(numbers.values()), device=device, dtype=torch.float64)
+    dist.broadcast(values, 0)
+    return dict(zip(numbers, values.tolist()))
 
 
 def mean_over_processes(tensors):

@@ -262,6 +262,8 @@ def test_a_gradient_of_zero_or_nan_leads_nowhere():
     x, _ = batch()
     for value, norm in itertools.product((0.0, math.nan), NORMS):
         assert torch.equal(ascend(x, torch.full_like(x, value), 0.1, norm), x)
+    moved = ascend(x, torch.full_like(x, 1e-18), 0.1, "l2") - x  # a saturated model's gradient
+    torch.testing.assert_close(moved.flatten(1).norm(dim=1), torch.full((len(x),), 0.1))
 
 
 def test_training_attacks_are_the_public_ones(tiny_net):
@@ -270,11 +272,11 @@ def test_training_attacks_are_the_public_ones(tiny_net):
               "mart": nudged_pgd, "weat-nat": kl_pgd, "weat-adv": kl_pgd}  # fmt: skip
     for method, norm, bn in itertools.product(public, NORMS, ("eval", "train")):
         config = Config(method=method, norm=norm, attack_bn=bn, attack_steps=3, attack_step=0.1)
-        found = training_attack(net, x, y, eps, config, seeded(1))
+        found, _ = training_attack(net, x, y, eps, config, seeded(1))
         options = {} if "fgsm" in method else dict(steps=3, step_size=0.1)
         options |= dict(norm=norm, batchnorm=bn, generator=seeded(1))
         assert torch.equal(found, public[method](net, x, y, eps, **options)), method
-    assert training_attack(net, x, y, eps, Config(method="none")) is x
+    assert training_attack(net, x, y, eps, Config(method="none"))[0] is x
 
 
 def test_bad_images_labels_and_sizes_are_refused(tiny_net):

@@ -235,6 +235,17 @@ def test_der_that_is_yet_to_come_is_no_reason_to_give_up(data):
     assert trainer.diagnose()[0] == "decayed"
 
 
+def test_the_commonest_class_for_all_is_at_chance(data):
+    """60% of the validation labels are one class: 58% under PGD is no merit."""
+    y = torch.where(torch.arange(len(data.y_val)) % 5 < 3, 0, data.y_val)
+    trainer = Trainer(recipe(**TINY), dataclasses.replace(data, y_val=y))
+    row = dict(epoch=3, val_fgsm_acc=0.58, train_adv_acc=0.5, val_delta_energy_pgd=0.0)
+    trainer.history = [row | {"val_pgd_acc": 0.58}]
+    assert trainer.diagnose()[0] == "at chance"
+    trainer.history = [row | {"val_pgd_acc": 0.8}]
+    assert trainer.diagnose()[0] == "healthy"
+
+
 def test_rescue_restarts_the_schedule_and_gives_up_when_der_fails_too(data, tmp_path):
     """Healthy, collapse, healthy with DER, collapse again: the best state comes back, and stop."""
     config = recipe(on_overfit="der", **TINY | dict(epochs=6))

@@ -30,7 +30,7 @@ RULES = {  # name: (column that is needed, does it ring at this row?)
 def logs():
     """{name: rows} of every stored run of training that an alarm could ring in."""
     runs = {}
-    for name in ("cpu", "h100", "first-version"):
+    for name in ("cpu", "h100", "tried", "first-version"):
         for run, (_, history) in read(SETS / name).items():
             rows = [{k: v if k == "verdict" else float(v) for k, v in r.items()} for r in history]
             runs[f"{run} ({name})"] = rows

@@ -55,11 +55,13 @@ def pack(path: str, runs: list[Path]):
 @app.command()
 def unpack(path: str, folder: Path, pattern: str = typer.Argument("*")):
     """Makes FOLDER/<run>/ with result.json and history.csv of the runs that match a pattern."""
-    for run, (result, history) in read(path).items():
-        if fnmatch.fnmatch(run, pattern):
-            (folder / run).mkdir(parents=True)
-            (folder / run / "result.json").write_text(json.dumps(result), encoding="utf-8")
-            write_rows(folder / run / "history.csv", history)
+    known = read(path)
+    if not (matching := fnmatch.filter(known, pattern)):
+        raise SystemExit(f"no run of {path} matches '{pattern}'")
+    for run in matching:
+        (folder / run).mkdir(parents=True, exist_ok=True)
+        (folder / run / "result.json").write_text(json.dumps(known[run][0]), encoding="utf-8")
+        write_rows(folder / run / "history.csv", known[run][1])
 
 
 if __name__ == "__main__":

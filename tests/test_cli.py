@@ -200,25 +200,6 @@ def test_odd_names_neither_command_the_terminal_nor_stop_a_narrow_one(tmp_path):
     assert process.returncode == 1 and "\\x1b\\u732b.npz" in err and err.count("\n") == 1
 
 
-def test_full_disk_keeps_the_older_checkpoint(tmp_path, monkeypatch, capsys):
-    """From the second epoch on, writing a checkpoint fails half-way."""
-    monkeypatch.chdir(tmp_path)
-    real, calls = torch.save, []
-
-    def full(checkpoint, path):
-        calls.append(path)
-        if len(calls) > 4:  # two files at the start, two after epoch 1
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        real(checkpoint, path)
-
-    monkeypatch.setattr(torch, "save", full)
-    code, _, err = call(monkeypatch, capsys, "train", "--out", "r", *QUICK)
-    assert code == 1 and "disk full" in err and err.count("\n") == 1
-    assert ebm_at.load_checkpoint(tmp_path / "r" / "last.pt")["epoch"] == 1
-    assert not list((tmp_path / "r").glob("*.partial"))
-
-
 # ---- interrupted and continued
 
 

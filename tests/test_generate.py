@@ -183,13 +183,3 @@ def test_guidance_keeps_the_candidate_nearest_to_the_drawn_energy(monkeypatch):
         assert set(targets.tolist()) == {10.0 * k, 10.0 * k + 2}  # real ones, of its own class
         gaps = (0.5 * (of_class - model.centres[k]).flatten(2).square().sum(2) - targets).abs()
         assert torch.equal(x[y == k], of_class[gaps.argmin(0), torch.arange(10)])
-
-
-def test_same_seed_same_pictures(tiny_net):
-    model, x = tiny_net(classes=3), torch.rand(45, 3, 8, 8, generator=seeded())
-    pcas, labels = [fit_pca(x[k::3], 5) for k in range(3)], torch.arange(20) % 3
-    energies = ebm_at.class_energies(model, x, torch.arange(45) % 3, 3)
-    a, b, c = (ebm_at.generate(model, pcas, energies, labels, seed=seed, candidates=3, steps=8)[0]
-               for seed in (0, 0, 1))  # fmt: skip
-    assert a.shape == (20, 3, 8, 8) and 0 <= a.min() and a.max() <= 1
-    assert torch.equal(a, b) and not torch.equal(a, c)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import call, contents, start
+from test_data import write_npz
 
 import cli
 import ebm_at
@@ -54,13 +55,10 @@ def hole(): return Hole(3)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data (16x16 images, 3 classes), runs/, and files of every bad kind."""
-    folder, rng, arrays = tmp_path_factory.mktemp("attack"), np.random.default_rng(0), {}
-    for split, n in (("train", 90), ("test", 40)):
-        arrays[f"{split}_images"] = rng.integers(0, 256, (n, 16, 16, 3), np.uint8)
-        arrays[f"{split}_labels"] = (np.arange(n) % 3).astype(np.uint8)
-    np.savez(folder / "mine.npz", **arrays)
-    config = ebm_at.recipe(str(folder / "mine.npz"), "fgsm", model="small", width=8, epochs=1,
-                           eps=8 / 255, limit=60, device="cpu", batch_size=20)  # fmt: skip
+    folder, labels = tmp_path_factory.mktemp("attack"), np.arange(90) % 3
+    path = write_npz(folder / "mine.npz", 90, 16, 3, train_labels=labels, test_labels=labels[:30])
+    config = ebm_at.recipe(path, "fgsm", model="small", width=8, epochs=1, eps=8 / 255, limit=60,
+                           device="cpu", batch_size=20)  # fmt: skip
     trainer = ebm_at.Trainer(config, ebm_at.load_data(config.dataset))
     for name in ("old", "new"):
         (folder / "runs" / name).mkdir(parents=True)
@@ -99,8 +97,7 @@ def test_table_csv_and_json_say_the_same(suite, place, monkeypatch, capsys):
     for key, value in (("n", 12), ("norm", "linf"), ("steps", 2), ("seed", 3), ("complete", True)):
         assert told[key] == value
     assert told["eps"] == pytest.approx(8 / 255)
-    with open(folder / "attack.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((folder / "attack.csv").read_text().splitlines()))
     names = ebm_at.SUITES[suite] if suite else ["fgsm", "energy-up", "square"]
     assert [r["attack"] for r in rows] == ["natural", *names][: len(rows)]
     assert len(rows) == 1 + len(names) or float(rows[-1]["worst"]) == 0
@@ -114,7 +111,7 @@ def test_table_csv_and_json_say_the_same(suite, place, monkeypatch, capsys):
 def test_everything_can_be_changed_and_saved(place, monkeypatch, capsys):
     more = "--eps 0.5 --norm l2 --split val --batch-size 4 --quiet".split()
     code, out, _ = run(place, monkeypatch, capsys, "runs/old", "--suite", "quick", *more, *SMALL,
-                       "--save", "adv.pt", "--save-png", "pngs")  # fmt: skip
+                       "--save", "adv.pt", "--save-png", "pngs", "--picture")  # fmt: skip
     assert code == 0 and "on 9 val images" not in out
     told = json.loads((place / "runs/old/attack-1/attack.json").read_text())
     assert told["n"] == 9 and told["norm"] == "l2"  # 10% of the 90 training images
@@ -127,9 +124,10 @@ def test_everything_can_be_changed_and_saved(place, monkeypatch, capsys):
     image = np.asarray(Image.open(pngs[3])).transpose(2, 0, 1)
     assert len(pngs) == 9 and "after rounding to 8 bits" in out
     assert np.abs(image / 255 - saved["x_adv"][3].numpy()).max() <= 0.5 / 255 + 1e-6
+    assert "pictures.png" in out and (place / "runs/old/attack-1/pictures.png").exists()
 
 
-def test_the_picture_shows_fallen_images_of_each_class_first(place, monkeypatch, capsys):
+def test_the_picture_shows_fallen_images_of_each_class_first(tmp_path, monkeypatch):
     """Its columns: clean images, what was added (grey at 0), adversarial images."""
     x = torch.zeros(8, 3, 32, 32) + torch.arange(8).view(8, 1, 1, 1) / 10
     x_adv, y = x.clone(), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
@@ -137,7 +135,7 @@ def test_the_picture_shows_fallen_images_of_each_class_first(place, monkeypatch,
     shown, draw = [], cli.draw_page
     monkeypatch.setattr(cli, "draw_page", lambda *a: shown.append(a) or draw(*a))
     model = ebm_at.make_model("small", 3, 3, width=8).eval()
-    cli.draw_attacked(place / "p.png", model, x, y, x_adv, ["ant", "bee", "cat"])
+    cli.draw_attacked(tmp_path / "p.png", model, x, y, x_adv, ["ant", "bee", "cat"])
     (rows, names, captions, _), = shown
     assert names[:2] == ["y = ant", "y = bee"] and len(rows) == 6
     assert torch.equal(rows[0, 0], cli.to_uint8(x[2]))
@@ -147,10 +145,7 @@ def test_the_picture_shows_fallen_images_of_each_class_first(place, monkeypatch,
     logits = ebm_at.exact_logits(model, x_adv[[4]])
     assert f"E(x) = {ebm_at.energy_x(logits).item():.2f}" in captions[1][2]
     assert f"E(x, y) = {-logits[0, 1].item():.2f}" in captions[1][2]
-    options = ["--suite", "quick", "--picture", "--out", "pictured"]
-    code, out, _ = run(place, monkeypatch, capsys, *options, *SMALL)
-    assert code == 0 and "pictures.png" in out
-    with Image.open(place / "pictured" / "pictures.png") as page:
+    with Image.open(tmp_path / "p.png") as page:
         assert page.width < 800 and page.height < 1200
 
 
@@ -193,14 +188,11 @@ def test_what_is_finished_is_saved_before_masking_is_looked_for(error, code, pla
 
 
 def test_points_without_finite_logits_leave_strict_json_and_a_word(place, monkeypatch, capsys):
-    def no_constant(name):
-        raise AssertionError(name)
-
     options = "--model-from strangers:hole --dataset mine.npz --attacks pgd".split()
     code, out, err = run(place, monkeypatch, capsys, *options, *SMALL, "--out", place / "hole")
     assert (code, err) == (0, "") and "12 attacked points have NaN" in out
     text = (place / "hole" / "attack.json").read_text()
-    row = json.loads(text, parse_constant=no_constant)["rows"][1]
+    row = json.loads(text, parse_constant=pytest.fail)["rows"][1]
     assert (row["nonfinite"], row["energy"], row["accuracy"]) == (12, None, 0)
 
 
@@ -218,7 +210,7 @@ def test_a_full_disk_still_prints_the_table(place, monkeypatch, capsys):
 def test_ctrl_c_prints_the_table_so_far(place):
     options = "--attacks fgsm,square --queries 1000000 --limit 0 --eps 1e-9 --out stopped"
     process = start("attack", *options.split(), cwd=place)
-    assert "on 40 test images" in process.stdout.readline()
+    assert "on 30 test images" in process.stdout.readline()
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

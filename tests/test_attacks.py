@@ -31,7 +31,7 @@ each_norm = pytest.mark.parametrize("norm", NORMS)
 each_attack = pytest.mark.parametrize("name", EVERY)
 
 
-def seeded(seed):
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 

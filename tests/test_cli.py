@@ -7,15 +7,14 @@ import inspect
 import json
 import os
 import pickle
-import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from test_data import Payload, write_npz
 
 import cli
 import ebm_at
@@ -55,9 +54,6 @@ def read_history(folder):
         return [{k: v for k, v in r.items() if "seconds" not in k} for r in csv.DictReader(file)]
 
 
-# ---- the surface
-
-
 def test_options_are_the_fields_of_config(monkeypatch, capsys):
     parameters, panel = inspect.signature(cli.train).parameters, None
     fields = {f.name: f for f in dataclasses.fields(ebm_at.Config)}
@@ -84,8 +80,7 @@ def test_a_run_writes_and_says_what_the_readme_promises(tmp_path, monkeypatch, c
     assert promised <= {p.name for p in folder.iterdir()} <= promised | {"curves.png"}
     config = json.loads((folder / "config.json").read_text())
     assert config["der"] is True and [r["epoch"] for r in read_history(folder)] == ["1", "2"]
-    with open(folder / "history.csv") as file:
-        assert file.readline().strip() == ",".join(ebm_at.HISTORY)
+    assert (folder / "history.csv").read_text().startswith(",".join(ebm_at.HISTORY) + "\n")
     result = json.loads((folder / "result.json").read_text())
     model, _ = ebm_at.load_model(folder / "last.pt")
     data = ebm_at.load_data("shapes")
@@ -93,8 +88,7 @@ def test_a_run_writes_and_says_what_the_readme_promises(tmp_path, monkeypatch, c
     assert result["attack"]["n"] == 20
     assert result["last"]["pgd_acc"] == pytest.approx(again["pgd_acc"])
     head, *lines = out.splitlines()
-    for word in ("fgsm + DER on shapes", "eps 20/255", "small", "2 epochs", "seed 0", "cpu float"):
-        assert word in head
+    assert "fgsm + DER on shapes" in head and "eps 20/255" in head
     assert all(len(line) <= 80 for line in lines[:3]) and "verdict: " in out and "\x1b" not in out
     assert ("curves.png" in out) == (folder / "curves.png").exists()
     assert ("pip install matplotlib" in out) != (folder / "curves.png").exists()
@@ -111,17 +105,13 @@ def test_after_a_collapse_the_same_command_with_der_is_next(tmp_path, monkeypatc
 
 
 def test_own_images_through_the_command_line(tmp_path, monkeypatch, capsys):
-    """Grey 28x28 images of three classes, the MedMNIST way."""
-    random, arrays = np.random.default_rng(0), {}
-    for split in ("train", "val", "test"):
-        arrays[f"{split}_images"] = random.integers(0, 256, (90, 28, 28), np.uint8)
-        arrays[f"{split}_labels"] = random.integers(0, 3, (90, 1)).astype(np.uint8)
-    np.savez(tmp_path / "mine.npz", **arrays)
+    """Grey 28x28 images of four classes, the MedMNIST way."""
     monkeypatch.chdir(tmp_path)
+    write_npz("mine.npz", size=28)
     options = "--dataset mine.npz --model small --method pgd --attack-steps 2 --out r".split()
     assert call(monkeypatch, capsys, "train", *options, *QUICK)[::2] == (0, "")
     spec = ebm_at.load_checkpoint(tmp_path / "r" / "last.pt")["spec"]
-    assert (spec["num_classes"], spec["in_channels"]) == (3, 1)
+    assert (spec["num_classes"], spec["in_channels"]) == (4, 1)
 
 
 def test_a_preset_never_lends_its_l_inf_eps_to_l2(tmp_path, monkeypatch, capsys):
@@ -129,19 +119,6 @@ def test_a_preset_never_lends_its_l_inf_eps_to_l2(tmp_path, monkeypatch, capsys)
     call(monkeypatch, capsys, "train", "--preset", "ro", "--norm", "l2", "--out", "r", *QUICK)
     config = json.loads((tmp_path / "r" / "config.json").read_text())
     assert config["eps"] == pytest.approx(128 / 255) and config["method"] == "pgd"
-
-
-# ---- bad input
-
-
-class Evil:
-    """A pickle that would create a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (Path.touch, (Path(self.path),))
 
 
 BAD = {
@@ -168,7 +145,7 @@ def test_bad_input_gets_one_clear_line(arguments, tmp_path, monkeypatch, capsys)
         (tmp_path / name).mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("do not touch")
     (tmp_path / "damaged" / "last.pt").write_bytes(b"PK\x03\x04 half a file")
-    (tmp_path / "hostile" / "last.pt").write_bytes(pickle.dumps(Evil(tmp_path / "hacked")))
+    (tmp_path / "hostile" / "last.pt").write_bytes(pickle.dumps(Payload()))
     (tmp_path / "finished" / "result.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     before = contents(tmp_path)
@@ -179,15 +156,12 @@ def test_bad_input_gets_one_clear_line(arguments, tmp_path, monkeypatch, capsys)
     assert contents(tmp_path) == before, "bad input creates, changes and runs nothing"
 
 
-@pytest.mark.parametrize(
-    "error, line, code",
-    [
-        (KeyboardInterrupt(15), "stopped", 143),
-        (PermissionError(13, "Permission denied", "x.pt"), "'x.pt': Permission denied", 1),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory", 1),
-        (OverflowError("int too large"), "too large", 2),
-    ],
-)
+@pytest.mark.parametrize("error, line, code", [
+    (KeyboardInterrupt(15), "stopped", 143),
+    (PermissionError(13, "Permission denied", "x.pt"), "'x.pt': Permission denied", 1),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory", 1),
+    (OverflowError("int too large"), "too large", 2),
+])  # fmt: skip
 def test_whatever_ends_the_program_is_one_line_and_a_code(error, line, code):
     said, found = cli.explain(error)
     assert line in said and found == code
@@ -198,9 +172,6 @@ def test_odd_names_neither_command_the_terminal_nor_stop_a_narrow_one(tmp_path):
     process = start("train", "--dataset", "\x1b猫.npz", cwd=tmp_path, PYTHONIOENCODING="cp1252")
     _, err = process.communicate(timeout=100)
     assert process.returncode == 1 and "\\x1b\\u732b.npz" in err and err.count("\n") == 1
-
-
-# ---- interrupted and continued
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -291,9 +262,6 @@ def test_fgsm_collapses_on_shapes_and_der_prevents_it(tmp_path):
     assert results["der"]["last"]["clean_acc"] >= 0.5
 
 
-# ---- compare
-
-
 @pytest.fixture
 def stored(tmp_path, monkeypatch):
     """stored(pattern): folders of the runs that tutorials/results keeps."""
@@ -326,18 +294,13 @@ def test_compare_calls_a_run_by_the_options_that_make_it_again(stored, monkeypat
 
 
 def test_compare_names_what_it_cannot_compare(stored, monkeypatch, capsys):
-    (run,) = stored("shapes-fgsm-seed0")
+    run, older = stored("shapes-fgsm-seed[01]")
+    rows = (older / "history.csv").read_text().replace("train_adv_aae", "something_else")
+    (older / "history.csv").write_text(rows)
     for runs, code, words in (
         (["nothing"], 1, "'nothing' is no finished run"),
         ([run, run], 2, "two runs of '--precision bf16'"),
+        ([older], 1, "train_adv_aae"),  # the column that it lacks
     ):
         got, _, err = call(monkeypatch, capsys, "compare", *runs)
         assert got == code and words in err and err.count("\n") == 1
-
-
-def test_compare_names_the_column_that_an_older_log_lacks(stored, monkeypatch, capsys):
-    (run,) = stored("shapes-fgsm-seed0")
-    rows = (run / "history.csv").read_text().replace("train_adv_aae", "something_else")
-    (run / "history.csv").write_text(rows)
-    code, _, err = call(monkeypatch, capsys, "compare", run)
-    assert code == 1 and "train_adv_aae" in err and err.count("\n") == 1

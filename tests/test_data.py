@@ -21,10 +21,10 @@ from ebm_at import BadInput, RunError, augment, load_data, make_shapes
 SHAPES_SHA256 = "1bd3a4cebcc07a6b2ea2fb1eeea7d2ba1be3392b6c28afc9d1c730b0cd7f4e00"
 
 
-def refuses(error, words, name, *arguments):
+def refuses(error, words, name, *arguments, load=load_data):
     """load_data stops with `error`, on one line that says all of `words`."""
     with pytest.raises(error) as caught:
-        load_data(str(name), *arguments)
+        load(str(name), *arguments)
     message = str(caught.value)
     assert all(word in message for word in words) and "\n" not in message, message
 
@@ -129,22 +129,19 @@ def test_npz_in_all_variants(size, channels, tmp_path):
         assert y.tolist() == labels.flatten()[: len(y)].tolist()
 
 
-@pytest.mark.parametrize(
-    "changes, words",
-    [
-        (dict(test_images=None, x_test=numbered(9)), ["lacks test_images", "x_test"]),
-        (dict(val_images=numbered(5)), ["lacks", "val_labels"]),
-        (dict(train_images=numbered(40) / 255), ["train_images", "uint8", "float64"]),
-        (dict(test_images=numbered(30)[:, :, :7]), ["test_images", "(30, 8, 7, 1)"]),
-        (dict(train_images=numbered(40) // 128), ["train_images", "no value is above 1"]),
-        (dict(test_images=numbered(30, 12)), ["test", "another size"]),
-        (dict(train_images=numbered(40)[:0], train_labels=np.zeros(0, int)), ["no images"]),
-        (dict(train_labels=np.arange(40) % 4 + 1), ["labels of train", "0..3"]),
-        (dict(test_labels=np.full(30, 4)), ["labels of test", "0..3"]),
-        (dict(train_labels=np.arange(40) % 4 + 0.0), ["train_labels", "float64"]),
-        (dict(train_labels=np.eye(40, 4, dtype=int)), ["train_labels", "(40, 4)"]),  # multi-label
-    ],
-)
+@pytest.mark.parametrize("changes, words", [
+    (dict(test_images=None, x_test=numbered(9)), ["lacks test_images", "x_test"]),
+    (dict(val_images=numbered(5)), ["lacks", "val_labels"]),
+    (dict(train_images=numbered(40) / 255), ["train_images", "uint8", "float64"]),
+    (dict(test_images=numbered(30)[:, :, :7]), ["test_images", "(30, 8, 7, 1)"]),
+    (dict(train_images=numbered(40) // 128), ["train_images", "no value is above 1"]),
+    (dict(test_images=numbered(30, 12)), ["test", "another size"]),
+    (dict(train_images=numbered(40)[:0], train_labels=np.zeros(0, int)), ["no images"]),
+    (dict(train_labels=np.arange(40) % 4 + 1), ["labels of train", "0..3"]),
+    (dict(test_labels=np.full(30, 4)), ["labels of test", "0..3"]),
+    (dict(train_labels=np.arange(40) % 4 + 0.0), ["train_labels", "float64"]),
+    (dict(train_labels=np.eye(40, 4, dtype=int)), ["train_labels", "(40, 4)"]),  # multi-label
+])  # fmt: skip
 def test_npz_with_unusable_arrays_is_refused(changes, words, tmp_path):
     path = write_npz(tmp_path / "bad.npz", 40, **changes)
     refuses(BadInput, [path, *words], path)

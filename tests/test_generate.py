@@ -6,15 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from test_attacks import seeded
 
 import ebm_at
 from ebm_at import BadInput, fit_pca
 
 K, SHAPE, D = 3, (2, 6, 5), 2 * 6 * 5
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def make_images(n=20, rank=D, seed=0):

@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from test_data import write_folder, write_npz
 
 import ebm_at
 
@@ -62,15 +61,8 @@ def test_glossary_names_every_column():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, tmp_path):
     """As written, made small; where a run is needed first, it is there."""
-    rng = np.random.default_rng(0)
-    pixels, labels = rng.integers(0, 256, (60, 32, 32, 3), dtype=np.uint8), np.arange(60) % 3
-    np.savez(tmp_path / "mine.npz", train_images=pixels, train_labels=labels,
-             test_images=pixels, test_labels=labels)  # fmt: skip
-    for split in ("train", "test"):
-        for i, (image, label) in enumerate(zip(pixels, labels)):
-            folder = tmp_path / "my/folder" / split / f"class{label}"
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(folder / f"{i}.png")
+    write_npz(tmp_path / "mine.npz", 60, 32, 3)
+    write_folder(tmp_path / "my/folder", classes="abcdef", side=(32, 32, 3))
 
     def run(line):
         words = [str(ROOT / "cli.py") if w == "cli.py" else w for w in shlex.split(line)]

@@ -30,11 +30,8 @@ def pytest_collection_modifyitems(items):
 
 
 def make_tiny_net(seed=0, channels=3, classes=5, dtype=torch.float32):
-    """Two convolutions with BatchNorm, in train mode. Every parameter and buffer is random.
-
-    Fresh BatchNorm layers (mean 0, variance 1, scale 1) would hide mistakes about which statistics
-    are used, so those are random too.
-    """
+    """Two convolutions with BatchNorm, in train mode. Every parameter and buffer is random: fresh
+    BatchNorm layers (mean 0, variance 1) would hide mistakes about which statistics are used."""
     generator = torch.Generator().manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
@@ -55,5 +52,4 @@ def make_tiny_net(seed=0, channels=3, classes=5, dtype=torch.float32):
 
 @pytest.fixture
 def tiny_net():
-    """The factory tiny_net(seed=0, channels=3, classes=5, dtype=float32) of random networks."""
     return make_tiny_net

@@ -71,8 +71,7 @@ def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
     assert {p.name for p in folder.iterdir()} == {
         "grid.png", "samples", "report.json", "energies.csv", "trace", "trace.gif", "real"
     }  # fmt: skip
-    with open(folder / "energies.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader((folder / "energies.csv").read_text().splitlines()))
     assert [row["file"] for row in rows] == [f"samples/{name}" for name in pngs(folder / "samples")]
     assert len(rows) == 12 and rows[4]["file"] == "samples/00004-class-01-1.png"
     model, _ = ebm_at.load_model(shop / "runs/a/best.pt")
@@ -90,8 +89,6 @@ def test_what_a_run_writes(monkeypatch, capsys, shop, tmp_path):
     assert report["generated"]["steps"] == pytest.approx(sum(int(r["steps"]) for r in rows) / 12)
     assert report["reference"] == "45 test images" and report["real"]["n"] == 12
     assert len(pngs(folder / "real")) == 12 and len(pngs(folder / "trace")) == 3
-    with Image.open(folder / "trace.gif") as film:
-        assert film.n_frames >= 1
     judges = list((shop / "runs/judges").rglob("last.pt"))
     before = judges[0].stat().st_mtime_ns
     assert generate(monkeypatch, capsys, shop, "--quiet")[0] == 0

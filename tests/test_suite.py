@@ -156,7 +156,6 @@ def test_progress_is_told_after_every_batch(eps, net):
 
 
 def test_restarts_never_leave_more_standing(net):
-    """Ten short runs from ten starts break at least what one breaks, and here more."""
     given = net, *predicted(net, 64), 0.03, ["pgd"]
     once, often = (robust_accuracy(*given, steps=1, restarts=n)["fallen"] for n in (1, 10))
     assert (often >= once).all() and often.sum() > once.sum()

@@ -52,7 +52,6 @@ def test_schedules_at_their_corners():
 
 @pytest.mark.parametrize("method", list(ebm_at.METHODS))
 def test_training_lowers_its_own_loss(data, method):
-    """On one fixed batch every method's loss falls clearly within 15 steps."""
     trainer = Trainer(recipe(method=method, eps=4 / 255, attack_steps=2, **TINY), data)
     losses = [trainer.step(torch.arange(20), torch.Generator(), 0.3)[0].item() for _ in range(15)]
     assert losses[-1] < 0.9 * losses[0]
@@ -87,13 +86,12 @@ def test_step_is_sgd_on_the_written_loss(data, statistics):
         torch.testing.assert_close(mine.detach(), want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "cut, kind, extra",
-    [(0, Trainer, dict(method="pgd", attack_steps=2, augment="crop-flip")),
-     (1, Trainer, dict(method="n-fgsm", grad_align=0.2, norm="l2", eps=0.5, momentum=0.0)),
-     (2, Trainer, dict(method="rs-fgsm", der=True, awp=0.01, schedule="piecewise")),
-     (3, Collapsing, dict(on_overfit="der", epochs=4))],  # a rescue survives, too
-)  # fmt: skip
+@pytest.mark.parametrize("cut, kind, extra", [
+    (0, Trainer, dict(method="pgd", attack_steps=2, augment="crop-flip")),
+    (1, Trainer, dict(method="n-fgsm", grad_align=0.2, norm="l2", eps=0.5, momentum=0.0)),
+    (2, Trainer, dict(method="rs-fgsm", der=True, awp=0.01, schedule="piecewise")),
+    (3, Collapsing, dict(on_overfit="der", epochs=4)),  # a rescue survives, too
+])  # fmt: skip
 def test_resume_equals_uninterrupted(data, tmp_path, cut, kind, extra):
     """Bit for bit: history and weights, wherever the run was cut; another seed gives another."""
     config = recipe(**TINY | extra)
@@ -174,21 +172,20 @@ def test_robust_overfitting_needs_decay_and_rising_training_accuracy():
     assert not ebm_at.robust_overfitting(decaying[2:4], rising[2:4], 400)  # too few to judge
 
 
-@pytest.mark.parametrize(
-    "method, warmup, accuracies, verdict",  # of PGD, FGSM (validation), the training attack
-    [("fgsm", 0, [(0.1, 0.1, 0.1)], "at chance"),  # a green "healthy" alone would mislead
-     ("fgsm", 0, [(0.12, 0.17, 0.2), (0.17, 0.22, 0.2)], "healthy"),
-     ("fgsm", 0, [(0.19, 0.25, 0.2), (0.22, 0.45, 0.4)], "healthy"),  # FGSM runs ahead, PGD holds
-     ("fgsm", 0, [(0.3, 0.4, 0.4), (0.15, 0.18, 0.18)], "decayed"),  # less of both
-     ("none", 0, [(0.0, 0.9, 0.9)], "not robust"),
-     ("fgsm", 0, [(0.2, 0.3, 0.3), (0.02, 0.65, 0.6)], "CO"),
-     ("fgsm", 0, [(0.01, 0.7, 0.7)], "CO"),  # never was robust, but masters its own attack
-     ("fgsm", 0, [(0.0, 0.2, 0.2)], "at chance"),  # PGD accuracy that never was cannot fall
-     ("fgsm", 2.5, [(0.2, 0.3, 0.3), (0.0, 0.6, 0.6)], "at chance"),  # measured at full eps
-     ("fgsm", 0, [(0.2, 0.3, 0.3), (0.03, 0.08, 0.6)], "CO"),  # FGSM in eval mode misses it
-     ("pgd", 0, [(0.2, 0.3, 0.3), (0.03, 0.08, 0.6)], "at chance"),  # its attack is not FGSM
-     ("pgd", 0, [(0.5, 0.5, 0.3)] * 3 + [(0.2, 0.3, 0.9)] * 3, "RO")],
-)  # fmt: skip
+@pytest.mark.parametrize("method, warmup, accuracies, verdict", [  # validation: PGD, FGSM; training
+    ("fgsm", 0, [(0.1, 0.1, 0.1)], "at chance"),  # a green "healthy" alone would mislead
+    ("fgsm", 0, [(0.12, 0.17, 0.2), (0.17, 0.22, 0.2)], "healthy"),
+    ("fgsm", 0, [(0.19, 0.25, 0.2), (0.22, 0.45, 0.4)], "healthy"),  # FGSM runs ahead, PGD holds
+    ("fgsm", 0, [(0.3, 0.4, 0.4), (0.15, 0.18, 0.18)], "decayed"),  # less of both
+    ("none", 0, [(0.0, 0.9, 0.9)], "not robust"),
+    ("fgsm", 0, [(0.2, 0.3, 0.3), (0.02, 0.65, 0.6)], "CO"),
+    ("fgsm", 0, [(0.01, 0.7, 0.7)], "CO"),  # never was robust, but masters its own attack
+    ("fgsm", 0, [(0.0, 0.2, 0.2)], "at chance"),  # PGD accuracy that never was cannot fall
+    ("fgsm", 2.5, [(0.2, 0.3, 0.3), (0.0, 0.6, 0.6)], "at chance"),  # measured at full eps
+    ("fgsm", 0, [(0.2, 0.3, 0.3), (0.03, 0.08, 0.6)], "CO"),  # FGSM in eval mode misses it
+    ("pgd", 0, [(0.2, 0.3, 0.3), (0.03, 0.08, 0.6)], "at chance"),  # its attack is not FGSM
+    ("pgd", 0, [(0.5, 0.5, 0.3)] * 3 + [(0.2, 0.3, 0.9)] * 3, "RO"),
+])  # fmt: skip
 def test_verdicts_on_hand_made_histories(data, method, warmup, accuracies, verdict):
     trainer = Trainer(recipe(method=method, eps_warmup=warmup, **TINY), data)
     names, trainer.epoch = ("val_pgd_acc", "val_fgsm_acc", "train_adv_acc"), len(accuracies)
@@ -260,16 +257,14 @@ def test_rescue_restarts_the_schedule_and_gives_up_when_der_fails_too(data, tmp_
     assert all(torch.equal(v, best[k]) for k, v in trainer.model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "settings, words",
-    [(dict(method="fsgm"), "did you mean 'fgsm'"), (dict(epoch=5), "did you mean 'epochs'"),
-     (dict(model="wrn28-10"), "did you mean 'wrn-28-10'"), (dict(eps=8.0), "did you mean 8/255"),
-     (dict(eps=math.nan), "eps must"),
-     (dict(lr=0.0), "lr must lie in 1e-09"), (dict(lr_drops="0.5,2"), "lr_drops are shares"),
-     (dict(method="none", der=True), "'none' makes no adversarial images"),
-     (dict(eps_warmup=3.0, epochs=3), "never ends"),
-     (dict(compile=True, grad_align=0.2), "second derivatives")],
-)  # fmt: skip
+@pytest.mark.parametrize("settings, words", [
+    (dict(method="fsgm"), "did you mean 'fgsm'"), (dict(epoch=5), "did you mean 'epochs'"),
+    (dict(model="wrn28-10"), "did you mean 'wrn-28-10'"), (dict(eps=8.0), "did you mean 8/255"),
+    (dict(eps=math.nan), "eps must"), (dict(eps_warmup=3.0, epochs=3), "never ends"),
+    (dict(lr=0.0), "lr must lie in 1e-09"), (dict(lr_drops="0.5,2"), "lr_drops are shares"),
+    (dict(method="none", der=True), "'none' makes no adversarial images"),
+    (dict(compile=True, grad_align=0.2), "second derivatives"),
+])  # fmt: skip
 def test_recipe_refuses(settings, words):
     with pytest.raises(BadInput, match=words):
         recipe(**settings)

@@ -1,7 +1,4 @@
-"""The tutorials run: core.py, and each notebook's code cells in order, in a short mode.
-
-A notebook's claims and the answers to its exercises are `assert`s in its own cells.
-"""
+"""The tutorials run, in a short mode; a notebook's claims are `assert`s in its own cells."""
 
 import ast
 import json
@@ -18,13 +15,11 @@ SHORT = os.environ | {"EBM_AT_SHORT": "1", "MPLBACKEND": "Agg", "OMP_NUM_THREADS
 
 
 def code_cells(path):
-    """The code cells of a notebook."""
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
 def program(path):
-    """A notebook's code cells as one program."""
     return "\n".join("".join(cell["source"]) for cell in code_cells(path))
 
 

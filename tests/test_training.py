@@ -237,10 +237,9 @@ def test_the_commonest_class_for_all_is_at_chance(data):
     y = torch.where(torch.arange(len(data.y_val)) % 5 < 3, 0, data.y_val)
     trainer = Trainer(recipe(**TINY), dataclasses.replace(data, y_val=y))
     row = dict(epoch=3, val_fgsm_acc=0.58, train_adv_acc=0.5, val_delta_energy_pgd=0.0)
-    trainer.history = [row | {"val_pgd_acc": 0.58}]
-    assert trainer.diagnose()[0] == "at chance"
-    trainer.history = [row | {"val_pgd_acc": 0.8}]
-    assert trainer.diagnose()[0] == "healthy"
+    for accuracy, verdict in ((0.58, "at chance"), (0.8, "healthy")):
+        trainer.history = [row | {"val_pgd_acc": accuracy}]
+        assert trainer.diagnose()[0] == verdict
 
 
 def test_rescue_restarts_the_schedule_and_gives_up_when_der_fails_too(data, tmp_path):

@@ -575,7 +575,8 @@ class Trainer:
             if why := robust_overfitting(pgd_acc, train_acc, n):
                 return "RO", why
         # One answer for all, the commonest class, holds whatever an attack does: no merit.
-        if last["val_pgd_acc"] <= self.data.y_val.bincount().max().item() / len(self.data.y_val):
+        y = self.data.y_val[evenly(config.probe_size, len(self.data.y_val)).to(self.device)]
+        if last["val_pgd_acc"] <= y.bincount().max().item() / len(y) + 1e-6:
             return "at chance", f"No better than one answer for all: {accuracy}"
         best = max(best, self.best["accuracy"])  # from before a rescue, too
         if last["val_pgd_acc"] < 0.6 * best:  # no overfitting: too much is asked of the network

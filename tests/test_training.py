@@ -187,7 +187,8 @@ def test_robust_overfitting_needs_decay_and_rising_training_accuracy():
     ("pgd", 0, [(0.5, 0.5, 0.3)] * 3 + [(0.2, 0.3, 0.9)] * 3, "RO"),
 ])  # fmt: skip
 def test_verdicts_on_hand_made_histories(data, method, warmup, accuracies, verdict):
-    trainer = Trainer(recipe(method=method, eps_warmup=warmup, **TINY), data)
+    more = dict(method=method, eps_warmup=warmup, probe_size=10_000)
+    trainer = Trainer(recipe(**TINY | more), data)
     names, trainer.epoch = ("val_pgd_acc", "val_fgsm_acc", "train_adv_acc"), len(accuracies)
     trainer.history = [dict(zip(names, row), epoch=i, val_delta_energy_pgd=0.0)
                        for i, row in enumerate(accuracies, 1)]  # fmt: skip
@@ -233,9 +234,8 @@ def test_der_that_is_yet_to_come_is_no_reason_to_give_up(data):
 
 
 def test_the_commonest_class_for_all_is_at_chance(data):
-    """60% of the validation labels are one class: 58% under PGD is no merit."""
-    y = torch.where(torch.arange(len(data.y_val)) % 5 < 3, 0, data.y_val)
-    trainer = Trainer(recipe(**TINY), dataclasses.replace(data, y_val=y))
+    y = torch.where(torch.arange(len(data.y_val)) % 5 < 3, 0, data.y_val)  # 60% are one class
+    trainer = Trainer(recipe(**TINY | dict(probe_size=10_000)), dataclasses.replace(data, y_val=y))
     row = dict(epoch=3, val_fgsm_acc=0.58, train_adv_acc=0.5, val_delta_energy_pgd=0.0)
     for accuracy, verdict in ((0.58, "at chance"), (0.8, "healthy")):
         trainer.history = [row | {"val_pgd_acc": accuracy}]

@@ -492,9 +492,9 @@ def compare(
         groups.setdefault(" ".join(words) or "plain", []).append((config, *told))
     for name, group in groups.items():
         configs, results, histories = zip(*group)
-        listed = lambda form, values: " / ".join(form.format(v) for v in values)
-        first = lambda r, rescue: [f"{a['verdict']} ({a['epoch']})" for a in r["alarms"] if rescue
-            == (a.get("action") == "der") and (rescue or a["verdict"] == r["verdict"])][:1]
+        listed = lambda form, values: " / ".join(map(form.format, values))
+        at = lambda r, kind: [f"{a['verdict']} ({a['epoch']})" for a in r["alarms"]
+                              if kind == (a["action"] if a["action"] == "der" else a["verdict"])]
         last, seeds = [100 * r["last"]["pgd_acc"] for r in results], [c.seed for c in configs]
         if len(set(seeds)) < len(seeds):
             raise BadInput(f"two runs of '{name}' with one of the seeds {seeds}: name one of them")
@@ -502,12 +502,12 @@ def compare(
             "clean": listed("{:.1f}", [100 * r["last"]["clean_acc"] for r in results]),
             "PGD-10, last": listed("{:.1f}", last), "mean": f"{np.mean(last):.1f}",
             "best": listed("{:.1f}", [100 * r["best"]["pgd_acc"] for r in results]),
-            "verdict (epoch)": listed("{}", [" after ".join(
-                (first(r, False) or [r["verdict"]]) + first(r, True)) for r in results]),
+            "verdict (epoch)": listed("{}", [" after ".join((at(r, r["verdict"])[:1]
+                or [r["verdict"]]) + at(r, "der")) for r in results]),
             "AAEs, last": listed("{:.0f}", [100 * h[-1]["train_adv_aae"] for h in histories]),
             "training s": f"{np.median([r['seconds']['training'] for r in results]):.0f}"})
-    look = dict(box=rich.box.MARKDOWN, padding=(0, 1))
-    Terminal(width=1000).say(table(shown, list(shown[0]), None, **look))
+    made = table(shown, [*shown[0]], None, box=rich.box.MARKDOWN, padding=(0, 1))
+    Terminal(width=1000).say(made)
     curves = {f"{k} (n = {len(v)})": [history for *_, history in v] for k, v in groups.items()}
     if picture and not draw_curves(picture, curves):
         raise RunError("--picture needs matplotlib: pip install matplotlib")
@@ -522,7 +522,7 @@ def read_run(run):
         [row[k] for row in rows for _, _, *keys in CURVES for k in keys]  # all that compare wants
         [float(found[k]["pgd_acc"] + found[k]["clean_acc"]) for k in ("last", "best")]
         float(found["seconds"]["training"]), rows[-1], found["verdict"] + ""
-        [(a["epoch"], a["verdict"]) for a in found["alarms"]]
+        [(a["epoch"], a["verdict"], a["action"]) for a in found["alarms"]]
         ebm_at.check_config(config := config_of(found["settings"], run))
         config.precision = "bf16" if found["precision"] == "bfloat16" else "fp32"  # what auto was
         return config, found, rows

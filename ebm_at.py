@@ -143,7 +143,7 @@ def gradient_of(model, x, y, loss):
 
 def ascend(x_adv, gradient, step, norm="linf"):
     """The steepest step of length `step`: along the sign for l_inf, along the gradient for l_2."""
-    unit = gradient.sign() if norm == "linf" else F.normalize(gradient.flatten(1), eps=1e-30)
+    unit = gradient.sign() if norm == "linf" else F.normalize(gradient.flatten(1), eps=1e-20)
     return x_adv + step * unit.view_as(gradient).nan_to_num(0)  # where it is NaN: no step
 
 
@@ -245,9 +245,9 @@ def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
 
     Why it helps. Under catastrophic overfitting the loss is bent between x and the one point where
     single-step training looks: that point is made safe, and points that a few PGD steps reach are
-    not. Where x* must have the energies of x, such a bend gains little. It is a price, no ban: a
-    bend fits between two points of equal energy where beta is small or comes late (with the paper's
-    beta .5 on AAEs, at its scale, in epoch 20 instead of 12: tutorials/results/README.md).
+    not. Where x* is to have the energies of x, such a bend has a price. It is no ban: a bend fits
+    between two points of equal energy (with the paper's beta .5 on AAEs, at its scale, training
+    collapsed in epoch 20 instead of 12: tutorials/results/README.md).
 
     Args: gamma, change that is left alone, in nats; abnormal_only, mean over the AAEs only, as the
         paper does against collapse (0 where there are none). The others as for delta_energy.
@@ -263,8 +263,8 @@ def der(logits, logits_adv, y, gamma=0.0, abnormal_only=False):
 def beta_at(config, progress):
     """Weight of DER at `progress` in [0, 1) of all epochs: from der_from on, grown over der_ramp.
 
-    Why it grows: early on the network has to learn before there is anything to flatten (beta 2 from
-    the start learns nothing on shapes). Against an early collapse there is eps_at.
+    Why it grows: early on the network has to learn first (beta 2 from the start learns nothing on
+    shapes). Against an early collapse there is eps_at, and for RS-FGSM a shorter ramp.
     """
     if not config.der or progress < config.der_from:
         return 0.0
@@ -273,8 +273,8 @@ def beta_at(config, progress):
 
 
 def training_attack(model, x, y, eps, config, generator=None):
-    """x* as config.method makes it (METHODS, section 8; Config, section 13), and the logits at the
-    attack's start (x for FGSM and TRADES, else x and noise), which its first pass makes anyway.
+    """x* as config.method makes it (METHODS, section 8; Config, section 13), and the logits where
+    the attack started, at x or x and noise: its first pass made them. Without an attack: x, None.
     """
     attack, seen = METHODS[config.method].attack, []
     if attack is None:
@@ -285,7 +285,7 @@ def training_attack(model, x, y, eps, config, generator=None):
     with model.register_forward_hook(lambda _, given, out: seen.append((given[0], out.detach()))):
         x_adv = attack(model, x, y, eps, **options)
     start, logits = seen[0]
-    if config.attack_bn == "eval":  # the loss has batch statistics: look with those
+    if config.attack_bn == "eval":  # the loss has batch statistics: look again, with those
         with torch.no_grad(), attack_mode(model, "train"):
             logits = model(start)
     return x_adv, logits
@@ -304,7 +304,7 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
     if beta:
         penalty = der(logits, logits_adv, y, config.gamma, config.der_on == "abnormal")
         if config.der_on == "abnormal":
-            penalty = penalty * process_weight(abnormal(logits, logits_adv, y))  # one process: 1
+            penalty = penalty * process_weight(abnormal(logits, logits_adv, y))  # see torchrun
         loss = loss + beta * penalty
     if config.grad_align:
         with attack_mode(model, "train", freeze=False):
@@ -416,7 +416,7 @@ def eps_at(config, epochs_done):
     return config.eps * (min(1.0, epochs_done / config.eps_warmup) if config.eps_warmup else 1.0)
 
 
-# Measured on the training attack at no cost, x* against its start (with AWP at shifted weights).
+# Measured on the training attack, x* (with AWP at shifted weights) against its start.
 TRACKED = ["train_adv_acc", "train_adv_aae", "train_adv_delta_energy", "train_adv_delta_energy_xy"]
 
 
@@ -507,8 +507,8 @@ class Trainer:
         y = self.data.y_train[rows]
 
         # The attack. BatchNorm sees the batch (attack_bn "train"), as in published training code:
-        # on shapes FGSM then reaches 21 to 24% under PGD in each of five seeds before it collapses,
-        # with running statistics 3 to 20%.
+        # on shapes FGSM then reaches 21 to 24% under PGD in each of five seeds before it collapses
+        # (H100), with running statistics 3 to 20%.
         fast = partial(autocast, self.device, self.dtype)
         with fast():
             x_adv, logits = training_attack(self.net, x, y, eps, config, generator)
@@ -530,7 +530,7 @@ class Trainer:
         progress = (epochs_done - self.restarted) / (config.epochs - self.restarted)
         self.optimizer.param_groups[0]["lr"] = lr_at(config, progress)
         self.optimizer.step()
-        with torch.no_grad():  # TRACKED: from the attack's start to x*, at no further pass
+        with torch.no_grad():  # TRACKED, from logits that are there already
             ends = (logits_adv if logits is None else logits), logits_adv
             tracked = [logits_adv.argmax(1) == y, abnormal(*ends, y), delta_energy(*ends),
                        delta_energy(*ends, y)]  # fmt: skip
@@ -560,6 +560,7 @@ class Trainer:
         accuracy = f"PGD accuracy is {last['val_pgd_acc']:.1%}"
         if config.method == "none":
             return "not robust", f"Not trained for robustness: {accuracy}"
+        y = self.data.y_val[evenly(config.probe_size, len(self.data.y_val)).to(self.device)]
         # Measured at full eps: until the attack has grown to it, low accuracy is no collapse.
         since = max(self.restarted + 1, config.eps_warmup)
         rows = [r for r in self.history if r["epoch"] >= since]
@@ -571,11 +572,9 @@ class Trainer:
                 single = max(single, last["train_adv_acc"])  # FGSM in eval mode may not show it
             if why := catastrophic_overfitting(pgd_acc[-1], single, best):
                 return "CO", why
-            n = min(config.probe_size, len(self.data.y_val))
-            if why := robust_overfitting(pgd_acc, train_acc, n):
+            if why := robust_overfitting(pgd_acc, train_acc, len(y)):
                 return "RO", why
         # One answer for all, the commonest class, holds whatever an attack does: no merit.
-        y = self.data.y_val[evenly(config.probe_size, len(self.data.y_val)).to(self.device)]
         if last["val_pgd_acc"] <= y.bincount().max().item() / len(y) + 1e-6:
             return "at chance", f"No better than one answer for all: {accuracy}"
         best = max(best, self.best["accuracy"])  # from before a rescue, too
@@ -620,7 +619,7 @@ class Trainer:
                 return alarm["verdict"], f"Epoch {alarm['epoch']}: {alarm['reason']}"
         verdict, why = self.diagnose()
         rescues = [alarm["reason"] for alarm in self.alarms if alarm["action"] == "der"]
-        return verdict, "".join(f"{r}. DER was switched on. " for r in rescues) + why
+        return verdict, "".join(f"{r}. DER was added. " for r in rescues) + why
 
 
 def train(config, data, model=None, *, folder=None, resume=None, on_progress=None):
@@ -833,17 +832,17 @@ def generate(model, pcas, energies, y, *, init="local-pca", neighbours=10, tempe
     targets = torch.empty(len(y), device=y.device)
     for k in y.unique().tolist():
         rows = (y == k).nonzero()[:, 0]
-        n, drawn = len(rows), stop_targets(energies[k], len(rows), "sampled", generator=draw)
-        gap = torch.full_like(drawn, math.inf)
+        n, wanted = len(rows), stop_targets(energies[k], len(rows), "sampled", generator=draw)
+        nearest = torch.full_like(wanted, math.inf)
         for _ in range(candidates):  # one at a time: all at once would fill the memory
-            other = draw_starts(pcas[k], n, init, neighbours, temperature, draw)
-            alone = candidates == 1  # then there is nothing to choose: the network is not asked
-            energy = drawn if alone else -exact_logits(model, other, batch_size)[:, k]
-            away = (energy - drawn).abs().nan_to_num(math.inf)  # NaN: only if all before are
-            better = away <= gap
-            x[rows[better]], gap[better] = other[better], away[better]
-        same = stop == "sampled"
-        targets[rows] = drawn if same else stop_targets(energies[k], n, stop, quantile)
+            starts, energy = draw_starts(pcas[k], n, init, neighbours, temperature, draw), wanted
+            if candidates > 1:  # else there is nothing to choose, and the network is not asked
+                energy = -exact_logits(model, starts, batch_size)[:, k]
+            gap = (energy - wanted).abs().nan_to_num(math.inf)  # NaN: only if all before are
+            better = gap <= nearest
+            x[rows[better]], nearest[better] = starts[better], gap[better]
+        sampled = stop == "sampled"
+        targets[rows] = wanted if sampled else stop_targets(energies[k], n, stop, quantile)
     return sgld(model, x, y, targets, batch_size=batch_size, generator=draw,
                 on_progress=on_progress, **walk)  # fmt: skip
 
@@ -1352,7 +1351,10 @@ def load_folder(path):
             continue
         if len(there) != 1:
             raise RunError(f"folder '{path}' must have one {names}/ with a folder per class")
-        files = find_pictures(there[0], seen, left_out)
+        try:
+            files = find_pictures(there[0], seen, left_out)
+        except (OSError, RecursionError) as error:
+            raise RunError(f"folder '{there[0]}' cannot be read: {error}") from error
         kinds = [os.path.relpath(file, there[0]).split(os.sep) for file in files]
         found, y = np.unique([k[0] for k in kinds], return_inverse=True)
         if classes not in (None, found.tolist()) or min(map(len, kinds)) < 2:
@@ -2082,7 +2084,7 @@ def recipe(dataset="shapes", method="fgsm", **given):
         check_choice("setting", name, vars(Config()))
     svhn, wide = dataset == "svhn", str(given.get("model")).startswith("wrn")
     single_step, usual = METHODS[method].attack in SINGLE_STEP, {}
-    if dataset == "shapes" and method == "rs-fgsm":  # over .7, seed 2 collapses in epoch 10
+    if dataset == "shapes" and method == "rs-fgsm":  # over .7 one seed of five collapses
         usual |= dict(der_ramp=0.3)
     if dataset != "shapes":
         # Mirrored only where that is known to do no harm: a mirrored digit is another sign.
@@ -2134,7 +2136,7 @@ def check_config(config):
     if config.norm == "linf" and config.eps > 1:
         hint = f": did you mean {config.eps:g}/255?" if config.eps < 256 else ", such as 8/255"
         raise BadInput(f"eps {config.eps:g} must be at most 1, in units of [0, 1]{hint}")
-    share = r"0?\.0*[1-9]\d*"
+    share = r" *0?\.0*[1-9]\d* *"
     if not re.fullmatch(f"{share}(,{share})*", config.lr_drops):
         raise BadInput("lr_drops are shares of the epochs, such as 0.5,0.75")
     if config.eps_warmup >= config.epochs:
@@ -2311,7 +2313,7 @@ def pick_precision(name, device):
     """
     if name == "auto":
         if device.type == "cpu":
-            told = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch does not tell
+            told = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 may not tell
             fast = told.get("avx512_bf16")
         else:
             fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

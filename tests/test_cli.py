@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import importlib
 import inspect
 import json
 import os
@@ -18,6 +17,9 @@ from test_data import Payload, write_npz
 
 import cli
 import ebm_at
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tutorials/results"))
+import logs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "tutorials/results/train/cpu"
@@ -262,30 +264,24 @@ def test_fgsm_collapses_on_shapes_and_der_prevents_it(tmp_path):
     assert results["der"]["last"]["clean_acc"] >= 0.5
 
 
-@pytest.fixture
-def stored(tmp_path, monkeypatch):
-    """stored(pattern): folders of the runs that tutorials/results keeps."""
-    monkeypatch.syspath_prepend(str(ROOT / "tutorials/results"))
-
-    def unpack(pattern):
-        importlib.import_module("logs").unpack(str(LOGS), tmp_path, pattern)
-        return sorted(tmp_path.glob(pattern))
-
-    return unpack
+def stored(folder, pattern):
+    """Folders of the runs that tutorials/results keeps."""
+    logs.unpack(str(LOGS), folder, pattern)
+    return sorted(folder.glob(pattern))
 
 
-def test_compare_gives_runs_that_differ_by_their_seed_one_row(stored, monkeypatch, capsys):
+def test_compare_gives_runs_that_differ_by_their_seed_one_row(tmp_path, monkeypatch, capsys):
     """On stored logs, whose settings have fields that are gone (ema, probe_every)."""
-    plain, der = stored("shapes-fgsm-seed*"), stored("shapes-fgsm-der-seed0")
+    plain, der = stored(tmp_path, "shapes-fgsm-seed*"), stored(tmp_path, "shapes-fgsm-der-seed0")
     code, out, err = call(monkeypatch, capsys, "compare", *plain, *der)
     last = [json.loads((run / "result.json").read_text())["last"]["pgd_acc"] for run in plain]
     assert code == 0 and " / ".join(f"{100 * v:.1f}" for v in last) in out, err
     assert [line.split("|")[1].strip() for line in out.splitlines()[3:5]] == ["plain", "--der"]
 
 
-def test_compare_calls_a_run_by_the_options_that_make_it_again(stored, monkeypatch, capsys):
+def test_compare_calls_a_run_by_the_options_that_make_it_again(tmp_path, monkeypatch, capsys):
     """What all runs share is left out, and so is what the recipe gives (here beta .5, on AAEs)."""
-    runs = stored("cifar-fgsm-der*seed0")
+    runs = stored(tmp_path, "cifar-fgsm-der*seed0")
     _, out, _ = call(monkeypatch, capsys, "compare", *runs)
     names = [line.split("|")[1].strip() for line in out.splitlines()[3:5]]
     assert sorted(names) == ["--der", "--der --beta 1.5 --der-on all --der-ramp 0.7"]
@@ -293,8 +289,8 @@ def test_compare_calls_a_run_by_the_options_that_make_it_again(stored, monkeypat
     assert "--limit 10000" in out and "--der --epochs 15" in out and "--beta" not in out
 
 
-def test_compare_names_what_it_cannot_compare(stored, monkeypatch, capsys):
-    run, older = stored("shapes-fgsm-seed[01]")
+def test_compare_names_what_it_cannot_compare(tmp_path, monkeypatch, capsys):
+    run, older = stored(tmp_path, "shapes-fgsm-seed[01]")
     rows = (older / "history.csv").read_text().replace("train_adv_aae", "something_else")
     (older / "history.csv").write_text(rows)
     for runs, code, words in (

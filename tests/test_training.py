@@ -231,6 +231,9 @@ def test_der_that_is_yet_to_come_is_no_reason_to_give_up(data):
     assert trainer.diagnose()[0] == "healthy"
     trainer.best["accuracy"] = 0.5
     assert trainer.diagnose()[0] == "decayed"
+    late = Trainer(recipe(on_overfit="der", der=True, der_from=0.9, **TINY), data)
+    late.diagnose, late.beta, late.history = lambda: ("RO", ""), 0.0, [{}]
+    assert late.react()["action"] == "der" and late.config.der_from == 0.9  # from RO: stays late
 
 
 def test_the_commonest_class_for_all_is_at_chance(data):

@@ -53,7 +53,7 @@ def attack(model, x, y, eps, steps, step_size):
 
 
 # 3. DER, the paper's equation (7) with gamma 0: how far the attack moved both energies. In abnormal
-#    examples it LOWERED the loss: the landscape is bent between x and x*. DER puts a price on that.
+#    examples it LOWERED the loss: the landscape is bent between. DER puts a price on both moves.
 def der(logits, logits_adv, y):
     moved = energy_x(logits) - energy_x(logits_adv), energy_xy(logits, y) - energy_xy(logits_adv, y)
     return torch.stack(moved).norm(dim=0).mean()

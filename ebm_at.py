@@ -2017,7 +2017,8 @@ class Config:
     method_beta: float = opt(6.0, "weight of the KL term of trades, mart and weat", 0)
     # Regularizers
     der: bool = opt(False, "add the Delta Energy Regularizer")
-    beta: float = opt(1.5, "weight of DER, in loss per nat of delta energy", 0)
+    beta: float = opt(1.5, "weight of DER, in loss per nat of delta energy; it need not grow with"
+                      " eps (on AAEs .5 to 1 served from 8 to 20/255)", 0)
     gamma: float = opt(0.0, "delta energy that DER leaves alone, in nats", 0)
     der_on: Literal["all", "abnormal"] = opt("all", "which images DER presses: all, or AAEs")
     der_from: float = opt(0.0, "share of the epochs after which DER is on", 0, 0.999)

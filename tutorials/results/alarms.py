@@ -1,12 +1,12 @@
 """How early, and how often falsely, would each rule have called catastrophic overfitting?
 
-    python tutorials/results/alarms.py      # all stored runs but those of robust overfitting and
-                                            # rescues
+    python tutorials/results/alarms.py
 
-Every rule sees a run as it happens: it may use no later epoch. A run COLLAPSED if PGD-10 accuracy
-on test images ended below 60% of its best, or below the 10% of one answer for all; the collapse is
-the first epoch, after the three in which eps grows, from which on it stayed there. Logs older than
-the free statistics (no share of AAEs) count for the rules that need none.
+It reads all stored runs but those of robust overfitting and rescues. Every rule sees a run as it
+happens: it may use no later epoch. A run COLLAPSED if PGD-10 accuracy on test images ended below
+60% of its best, or below the 10% of one answer for all; the collapse is the first epoch, after the
+three in which eps grows, from which on it stayed there. Logs older than the free statistics (no
+share of AAEs) count for the rules that need none.
 """
 
 from pathlib import Path

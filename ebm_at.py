@@ -273,8 +273,8 @@ def beta_at(config, progress):
 
 
 def training_attack(model, x, y, eps, config, generator=None):
-    """x* as config.method makes it (METHODS, section 8; Config, section 13), and the logits where
-    the attack started, at x or x and noise: its first pass made them. Without an attack: x, None.
+    """x* as config.method makes it (METHODS, section 8; Config, section 13), like x, and the logits
+    (N, K) at the attack's start, x or x and noise, from its first pass. Without an attack: x, None.
     """
     attack, seen = METHODS[config.method].attack, []
     if attack is None:
@@ -303,8 +303,8 @@ def training_loss(model, x, y, x_adv, noise, beta, config):
     loss = method.loss(logits, logits_adv, y, config.method_beta)
     if beta:
         penalty = der(logits, logits_adv, y, config.gamma, config.der_on == "abnormal")
-        if config.der_on == "abnormal":
-            penalty = penalty * process_weight(abnormal(logits, logits_adv, y))  # see torchrun
+        if config.der_on == "abnormal":  # of several processes each counts by its share of AAEs
+            penalty = penalty * process_weight(abnormal(logits, logits_adv, y))
         loss = loss + beta * penalty
     if config.grad_align:
         with attack_mode(model, "train", freeze=False):
@@ -2251,7 +2251,7 @@ def run_state(run):
     """All that a resume needs beside the config, as plain values and tensors."""
     return {k: getattr(run, k) for k in STATE} | {
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "epochs": run.config.epochs, "data": checksum(run.data),
+        "epochs": run.config.epochs, "der_from": run.config.der_from, "data": checksum(run.data),
     }  # fmt: skip
 
 
@@ -2287,8 +2287,7 @@ def restore_run(run, saved):
         raise BadInput(f"that run ended at epoch {saved['epoch']}: start a new one to train longer")
     if saved["restarted"]:  # a rescue has switched DER on and made the run longer
         run.config.der, run.config.epochs = True, saved["epochs"]
-        kinds = [alarm["verdict"] for alarm in saved["alarms"] if alarm["action"] == "der"]
-        run.config.der_from *= kinds == ["RO"]  # as in react
+        run.config.der_from = saved["der_from"]
     vars(run).update(copy.deepcopy({k: saved[k] for k in STATE}))
 
 
@@ -2301,7 +2300,7 @@ def pick_device(name="auto"):
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # raises on "meta", too, which computes nothing
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+    except Exception as error:  # each backend that is missing raises a kind of its own
         raise RunError(f"device '{name}' is not there; try --device cpu") from error
     return device
 

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import pickle
+import runpy
 import signal
 import subprocess
 import sys
@@ -17,9 +18,6 @@ from test_data import Payload, write_npz
 
 import cli
 import ebm_at
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tutorials/results"))
-import logs  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "tutorials/results/train/cpu"
@@ -266,7 +264,7 @@ def test_fgsm_collapses_on_shapes_and_der_prevents_it(tmp_path):
 
 def stored(folder, pattern):
     """Folders of the runs that tutorials/results keeps."""
-    logs.unpack(str(LOGS), folder, pattern)
+    runpy.run_path(str(LOGS.parents[1] / "logs.py"))["unpack"](str(LOGS), folder, pattern)
     return sorted(folder.glob(pattern))
 
 
